@@ -39,6 +39,7 @@ Needs   torch, numpy (and Pillow for a folder of pictures)
 import argparse
 import copy
 import csv
+import errno
 import functools
 import gzip
 import hashlib
@@ -107,7 +108,7 @@ def diffuse(x0: Tensor, t: Tensor, eps: Tensor, s: Schedule) -> Tensor:
 
 
 def tear_down(x0: Tensor, noise: Tensor, s: Schedule) -> Tensor:
-    """9119 (2): all of x_0, x_1, ..., x_T, (T+1, C, H, W), from x0 (C, H, W), noise (T, C, H, W)."""
+    """9119 (2): all of x_0, ..., x_T, (T+1, C, H, W), from x0 (C, H, W) and noise (T, C, H, W)."""
     x = [x0[None]]
     for t, eps in enumerate(noise, start=1):  # 9119 (2)
         x.append(diffuse_once(x[-1], torch.tensor([t], device=x0.device), eps, s))
@@ -115,13 +116,13 @@ def tear_down(x0: Tensor, noise: Tensor, s: Schedule) -> Tensor:
 
 
 def loss(net: nn.Module, x0: Tensor, t: Tensor, eps: Tensor, s: Schedule) -> Tensor:
-    """9119 (15), (B,): x0 in [-1, 1] and eps (B, C, H, W), t (B,) in 1..T; 1 for a net that says 0."""
+    """9119 (15), (B,): x0 in [-1, 1], eps (B, C, H, W), t (B,) in 1..T; 1 for a net that says 0."""
     error = eps - net(diffuse(x0, t, eps, s), t)  # 9119 (15); net is bar_beta/beta times the post's
     return error.square().mean((1, 2, 3))  # departs: mean over pixels as in the paper; author: sum
 
 
 def clip_eps(e: Tensor, xt: Tensor, t: Tensor, s: Schedule) -> Tensor:
-    """The eps that stands for the same x_0, clipped to [-1, 1]; e, xt (B, C, H, W); Ho et al.'s code."""
+    """The eps that stands for x_0 clipped to [-1, 1]; e, xt (B, C, H, W); as Ho et al.'s code."""
     x0 = (xt - at(s["bar_beta"], t) * e) / at(s["bar_alpha"], t)  # 9119 (6), solved for x_0
     return (xt - at(s["bar_alpha"], t) * x0.clamp(-1, 1)) / at(s["bar_beta"], t)
 
@@ -137,7 +138,7 @@ def step_back(xt: Tensor, t: Tensor, e: Tensor, sigma: Tensor, z: Tensor, s: Sch
 
 
 def sigmas(s: Schedule, kind: str) -> Tensor:
-    """sigma_t of 9119 (17), (T+1,): "beta", "posterior" (bar_beta_{t-1} beta_t / bar_beta_t), "zero".
+    """sigma_t of 9119 (17), (T+1,): beta, posterior (bar_beta_{t-1} beta_t / bar_beta_t) or zero.
 
     departs: sigma_1 = 0, no noise on the finished picture, as in Ho et al.; the author adds it.
     """
@@ -164,21 +165,20 @@ def sample(net: nn.Module, xT: Tensor, s: Schedule, g: torch.Generator, sigma: s
            clip: bool = True, steps: int | None = None, eta: float = 1.0) -> Iterator[Tensor]:
     """9119 (1): yields x_T, ..., x_0, (B, C, H, W), from xT ~ N(0, I); g draws the steps' noise.
 
-    All T steps of (17), or with `steps` < T as many of DDIM's; clip keeps the x_0 foreseen in
-    [-1, 1]. Raises ValueError unless 1 <= steps <= T.
+    All T steps of (17), or with `steps` as many of DDIM's, with eta for sigma; clip keeps the x_0
+    foreseen in [-1, 1]. Raises ValueError unless 1 <= steps <= T.
     """
     T = len(s["alpha"]) - 1
     if steps is not None and not 1 <= steps <= T:
-        raise ValueError(f"{steps} sampling steps: from 1 to T = {T} there are")
-    short = steps is not None and steps < T
+        raise ValueError(f"{steps} sampling steps: 1 to T = {T} are possible")
     rows = torch.linspace(T, 0, (steps or T) + 1, device=xT.device).round().long()
-    row, x = sigmas(s, sigma), xT
+    rows, row, x = rows[:, None].expand(-1, len(xT)), sigmas(s, sigma), xT
     yield x
-    for t, r in zip(rows[:-1, None].expand(-1, len(x)), rows[1:, None].expand(-1, len(x))):
+    for t, r in zip(rows[:-1], rows[1:]):
         e = net(x, t)
         e = clip_eps(e, x, t, s) if clip else e
         z = torch.randn(x.shape, generator=g, device=x.device)
-        x = jump_back(x, t, r, e, eta, z, s) if short else step_back(x, t, e, row, z, s)
+        x = jump_back(x, t, r, e, eta, z, s) if steps else step_back(x, t, e, row, z, s)
         yield x
 
 
@@ -187,9 +187,12 @@ def bits_per_dim(net: nn.Module, x0: Tensor, s: Schedule, g: torch.Generator, si
                  clip: bool = True) -> Tensor:
     """The bound of Ho et al. 2020 (5) in bits per dimension, (B,) float64; x0 = uint8 / 127.5 - 1.
 
-    All T terms, one draw each: KL(q(x_{t-1} | x_t, x_0) || p) for t >= 2, whose mean is that of (17);
+    All T terms, one draw each: KL(q(x_{t-1} | x_t, x_0) || p) for t >= 2, p's mean that of (17);
     the prior's KL(q(x_T | x_0) || N(0, I)); at t = 1 a Gaussian integrated over each of 256 bins.
+    Raises ValueError for sigma "zero", which has no density.
     """
+    if sigma == "zero":
+        raise ValueError("sigma zero has no density")
     T, s64 = len(s["alpha"]) - 1, {name: row.double() for name, row in s.items()}
     post = sigmas(s64, "posterior")
     row = sigmas(s64, sigma)
@@ -262,22 +265,26 @@ class Attention(nn.Module):
 
 
 def groups(channels: int) -> int:
-    """32 groups as in the paper, fewer for few channels."""
-    return math.gcd(32, channels)
+    """32 as in the paper, but at least 4 channels a group: fewer lose a picture's colours."""
+    return math.gcd(32, channels, channels // 4)
 
 
 class UNet(nn.Module):
-    """The paper's eps_theta: (B, C, H, W) and t (B,) in 1..T -> (B, C, H, W); Ho et al. 2020, app. B.
+    """The paper's eps_theta: (B, C, H, W), t (B,) in 1..T -> (B, C, H, W); Ho et al. 2020, app. B.
 
     width * mults[i] channels at level i, each level half the size of the last (odd sizes round up;
-    the way up cuts to the skip's size). attention: levels whose blocks attend, 0 the full size.
+    the way up cuts to the skip's size). attention: levels whose blocks attend, 0 the first.
+    patch: pixels are put together, patch x patch into one (departs: quicker; 1 is the paper).
     """
 
     def __init__(self, channels: int = 3, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
-                 blocks: int = 2, attention: tuple[int, ...] = (1,), dropout: float = 0.1):
+                 blocks: int = 2, attention: tuple[int, ...] = (1,), dropout: float = 0.1,
+                 patch: int = 1):
         super().__init__()
-        self.width, time = width, 4 * width
-        self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
+        self.width, self.patch, time = width, patch, 4 * width
+        channels *= patch**2
+        self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(),
+                                  nn.Linear(time, time), nn.SiLU())
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()  # one list of layers per skip
         skips, last = [width], width
@@ -314,7 +321,9 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = self.time(time_code(t, self.width).to(x.dtype))  # (B, 4 width)
-        h = self.first(x.contiguous(memory_format=torch.channels_last))
+        H, W = x.shape[2:]
+        h = F.pixel_unshuffle(F.pad(x, (0, -W % self.patch, 0, -H % self.patch)), self.patch)
+        h = self.first(h.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for layers in self.down:
             for layer in layers:
@@ -331,14 +340,15 @@ class UNet(nn.Module):
                     h = layer(torch.cat([h, skip], 1), time)
                 else:
                     h = layer(h)
-        return self.last(F.silu(self.norm(h))).to(x.dtype)
+        h = F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
+        return h[..., :H, :W].to(x.dtype)
 
 
 def time_code(t: Tensor, width: int) -> Tensor:
     """Sinusoids of t (B,) -> (B, width) float32: wave lengths from 2 pi to 2 pi 10^4."""
-    speed = torch.logspace(0, -4, width // 2, device=t.device)
+    speed = torch.logspace(0, -4, (width + 1) // 2, device=t.device)
     angle = t[:, None] * speed
-    return torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([angle.sin(), angle.cos()], 1)[:, :width]
 
 
 # ---- evaluation ----
@@ -356,7 +366,8 @@ def to_float(x: Tensor) -> Tensor:
 @torch.no_grad()
 def held_out_loss(net: nn.Module, x: Tensor, s: Schedule, seed: int, batch: int) -> list[float]:
     """(15) on uint8 pictures x in ten bins of t: t spread evenly over 1..T, noise from `seed`."""
-    T, n = len(s["alpha"]) - 1, len(x)
+    T, x = len(s["alpha"]) - 1, x.repeat(-(-10 // len(x)), 1, 1, 1)  # no bin may stay empty
+    n = len(x)
     g = generator(x.device, seed, 0, 1)
     t = torch.arange(n, device=x.device) * T // n + 1
     eps = torch.randn(x.shape, generator=g, device=x.device)
@@ -367,7 +378,7 @@ def held_out_loss(net: nn.Module, x: Tensor, s: Schedule, seed: int, batch: int)
 
 
 def nearest(x: Tensor, train: Tensor) -> Tensor:
-    """The picture of `train` (N, C, H, W) nearest in Euclidean distance to each of x; both uint8."""
+    """The picture of `train` (N, C, H, W) nearest to each of x, Euclidean distance; both uint8."""
     flat = x.flatten(1).float()
     return train[torch.cat([torch.cdist(flat, part.flatten(1).float())
                             for part in train.split(4096)], 1).argmin(1)]
@@ -375,7 +386,7 @@ def nearest(x: Tensor, train: Tensor) -> Tensor:
 
 def draw(net: nn.Module, shape: torch.Size, s: Schedule, count: int, args: argparse.Namespace,
          steps: int | None) -> tuple[Tensor, Tensor]:
-    """`count` pictures, uint8, always from the same noise; and the first one's way from x_T to x_0."""
+    """`count` pictures, uint8, always from the same noise; and the first one's way, x_T to x_0."""
     device, pictures, way = s["alpha"].device, [], []
     for first in range(0, count, args.batch_size):
         g = generator(device, args.seed, first, 2)
@@ -403,7 +414,7 @@ def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Pa
     write_png(out / "nearest.png", grid(torch.cat([some, nearest(some, x)]), len(some)))
     metrics = {"sample_seconds": seconds}
     for name, network in (("raw", net), ("ema", ema)):
-        bins = held_out_loss(network, x_test[:2000], s, args.seed, args.batch_size)
+        bins = held_out_loss(network, x_test[:args.test_images], s, args.seed, args.batch_size)
         metrics |= {f"held_out_loss_{name}": sum(bins) / 10, f"held_out_loss_{name}_by_t": bins}
     if args.eval_images:
         x0 = to_float(x_test[:args.eval_images])
@@ -417,8 +428,15 @@ def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Pa
 
 # ---- training ----
 
-CONFIG = ("data size T schedule width mults blocks attention dropout flip lr warmup decay clip_grad "
-          "ema batch_size seed steps shape").split()  # what a run is; --resume takes it from ckpt.pt
+CONFIG = ("data size T schedule patch width mults blocks attention dropout flip lr warmup decay "
+          "clip_grad ema batch_size seed steps shape").split()  # --resume takes these from ckpt.pt
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, net: nn.Module, step: int, decay: float) -> None:
+    """ema <- d ema + (1 - d) net, d = decay after a warm-up, so that early samples are readable."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -427,24 +445,34 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * min(1, (step + 1) / args.warmup) * fall
 
 
+def settle_run(args: argparse.Namespace) -> dict | None:
+    """`resume_run`, and what can be checked only when the checkpoint's flags are known."""
+    state = resume_run(args, CONFIG, "ddpm")
+    if args.sample_steps and args.sample_steps > args.T:
+        raise UserError(f"--sample-steps {args.sample_steps}: there are only {args.T}")
+    return state
+
+
 def train(args: argparse.Namespace) -> int:
     """The whole run: data, loop, checkpoints, pictures, metrics.json. Returns the exit code."""
     world = setup(args.gpu, args.fp32, args.batch_size)
     device, out = world.device, Path(args.out)
-    state = begin_run(args, CONFIG, "ddpm", world)
+    state = settle_run(args)
     with main_first(world):
         x, x_test, _, _ = load_images(args.data, args.size, args.cache, device)
     if "size" in args.given and x.shape[-1] != args.size:
         raise UserError(f"--size {args.size}: these pictures have {x.shape[-1]} px, and only faces "
                         "and folders of pictures come in any size")
     if state and x.shape[1:] != args.shape:
-        raise UserError(f"--data {args.data}: {tuple(x.shape[1:])} a picture, but the checkpoint was "
-                        f"made on {tuple(args.shape)}")
+        raise UserError(f"--data {args.data}: {tuple(x.shape[1:])} a picture, but the checkpoint "
+                        f"was made on {tuple(args.shape)}")
     args.shape = tuple(x.shape[1:])
+    if not state:
+        make_room(out, world)
     s = {name: row.to(device) for name, row in make_schedule(args.T, args.schedule).items()}
     torch.manual_seed(args.seed)
-    net = UNet(x.shape[1], args.width, args.mults, args.blocks, args.attention, args.dropout)
-    net = net.to(device)
+    net = UNet(x.shape[1], args.width, args.mults, args.blocks, args.attention, args.dropout,
+               args.patch).to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     step = 0
@@ -452,7 +480,7 @@ def train(args: argparse.Namespace) -> int:
         for part, name in ((net, "model"), (ema, "ema"), (opt, "opt")):
             part.load_state_dict(state[name])
         step = state["step"]
-    params, ema_params = list(net.parameters()), list(ema.parameters())
+    params = list(net.parameters())
     wrapped = torch.compile(net) if args.compile else net
     if world.size > 1:
         wrapped = nn.parallel.DistributedDataParallel(wrapped)
@@ -469,7 +497,7 @@ def train(args: argparse.Namespace) -> int:
                 model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict()))
 
     with stop_signals(world) as stopped:
-        while step < args.steps and not (halted := stopped()):
+        while step < args.steps and not stopped():
             g = generator(device, args.seed, step)
             t = torch.randint(1, args.T + 1, (args.batch_size,), generator=g, device=device)
             eps = torch.randn((args.batch_size, *x.shape[1:]), generator=g, device=device)
@@ -486,8 +514,7 @@ def train(args: argparse.Namespace) -> int:
             nn.utils.clip_grad_norm_(params, args.clip_grad)
             opt.step()
             opt.zero_grad()
-            decay = min(args.ema, (1 + step) / (10 + step))  # warm-up: early samples are readable
-            torch._foreach_lerp_(ema_params, params, 1 - decay)
+            update_ema(ema, net, step, args.ema)
             total += value.detach()
             step += 1
             if progress.due(step):
@@ -503,7 +530,7 @@ def train(args: argparse.Namespace) -> int:
                     write_png(out / f"samples_{step:06}.png",
                               grid(pictures, math.isqrt(args.samples)))
         save()
-    seconds, trained = time.perf_counter() - progress.begin, (step - progress.start) * args.batch_size
+    seconds = time.perf_counter() - progress.begin
     if step < args.steps:
         progress.note(f"stopped and saved at step {step}; go on with --resume")
         return 130
@@ -512,7 +539,8 @@ def train(args: argparse.Namespace) -> int:
         with autocast:
             metrics = report(net, ema, x, x_test, s, out, args)
         metrics |= dict(step=step, images_seen=step * args.batch_size, seed=args.seed,
-                        train_seconds=seconds, images_per_second=trained / seconds)
+                        train_seconds=seconds,
+                        images_per_second=(step - progress.start) * args.batch_size / seconds)
         (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         progress.note(f"held-out loss {metrics['held_out_loss_ema']:.4f} (EMA), "
                       f"{metrics['held_out_loss_raw']:.4f} (raw); pictures and metrics in {out}/")
@@ -523,9 +551,10 @@ def sample_only(args: argparse.Namespace) -> int:
     """Draws --sample-only pictures from the EMA weights in ckpt.pt, whatever device made it."""
     world = setup(args.gpu, args.fp32, 1)
     args.resume = True
-    state = begin_run(args, CONFIG, "ddpm", world)
+    state = settle_run(args)
     s = {name: row.to(world.device) for name, row in make_schedule(args.T, args.schedule).items()}
-    net = UNet(args.shape[0], args.width, args.mults, args.blocks, args.attention).to(world.device)
+    net = UNet(args.shape[0], args.width, args.mults, args.blocks, args.attention,
+               patch=args.patch).to(world.device)
     net.load_state_dict(state["ema"])
     with torch.autocast(world.device.type, torch.bfloat16, enabled=args.gpu and not args.fp32):
         pictures, _ = draw(net.eval(), args.shape, s, args.sample_only, args, args.sample_steps)
@@ -537,68 +566,82 @@ def sample_only(args: argparse.Namespace) -> int:
 
 # ---- command line ----
 
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Reads 1,2,2 as (1, 2, 2)."""
+    return tuple(at_least(0)(part) for part in text.split(",") if part)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # flag         CPU          --gpu            --paper: Ho et al. 2020, CIFAR-10, appendix B
     presets = dict(
         size=         (32,        64,              32),
-        steps=        (1500,      12_000,          800_000),
-        batch_size=   (64,        128,             128),
-        save_every=   (500,       2000,            10_000),
+        steps=        (800,       12_000,          800_000),
+        batch_size=   (32,        128,             128),
+        save_every=   (400,       2000,            10_000),
         T=            (1000,      1000,            1000),
         schedule=     ("post",    "post",          "paper"),
+        patch=        (2,         1,               1),
         width=        (32,        64,              128),
-        mults=        ((1, 2, 4), (1, 2, 4, 4),    (1, 2, 2, 2)),
+        mults=        ((1, 2),    (1, 2, 4, 4),    (1, 2, 2, 2)),
         blocks=       (1,         2,               2),
-        attention=    ((2,),      (2, 3),          (1,)),
+        attention=    ((1,),      (2, 3),          (1,)),
         dropout=      (0.0,       0.0,             0.1),
         flip=         (False,     False,           True),
         lr=           (2e-3,      5e-4,            2e-4),
-        warmup=       (100,       500,             5000),
+        warmup=       (50,        500,             5000),
         decay=        (True,      True,            False),
         clip_grad=    (1.0,       1.0,             1.0),
         ema=          (0.995,     0.999,           0.9999),
-        samples=      (36,        64,              64),
-        eval_images=  (4,         16,              64),
+        samples=      (16,        64,              64),
+        test_images=  (500,       2000,            10_000),
+        eval_images=  (2,         16,              64),
         data=         ("faces",   "faces",         "cifar10"),
         seed=         (0,         0,               0),
     )
     p = common_flags(__doc__.partition("\n")[0], "ddpm", presets,
-                     "faces (drawn), mnist, fashion-mnist, cifar10, or a path: a folder of idx files "
-                     "or of pictures, CIFAR-10's binary .tar.gz, or an .npy file")
+                     "faces (drawn), mnist, fashion-mnist, cifar10, or a path: a folder of idx "
+                     "files or of pictures, CIFAR-10's binary .tar.gz, or an .npy file")
     flag = functools.partial(add_flag, p, presets)
     p.add_argument("--paper", action="store_true", help="Ho et al.'s set-up for CIFAR-10, whole")
     flag("--size", at_least(8), "pixels of faces and of folders of pictures; others keep their own")
     flag("--T", at_least(21), "diffusion steps, 9119 (2)")
     flag("--schedule", ("post", "paper"), "alpha_t: post is 9119 (18), paper is linear in its beta")
+    flag("--patch", at_least(1), "put patch x patch pixels into one before the first level")
     flag("--width", at_least(4), "channels of the first level")
     flag("--mults", whole_numbers, "each level's channels in widths, such as 1,2,2,2")
     flag("--blocks", at_least(1), "residual blocks per level")
     flag("--attention", whole_numbers, "levels that attend, 0 the full size, such as 1 or 2,3")
-    flag("--dropout", at_least(0.0), "inside the residual blocks")
+    flag("--dropout", at_least(0.0, 1.0), "inside the residual blocks")
     flag("--flip", bool, "mirror half of the pictures")
     flag("--lr", at_least(0.0), "Adam's learning rate")
     flag("--warmup", at_least(1), "steps of linear warm-up")
     flag("--decay", bool, "let the learning rate fall to zero along a cosine")
     flag("--clip-grad", at_least(0.0), "largest norm of the gradient")
-    flag("--ema", at_least(0.0), "decay of the moving average of weights, which draws the samples")
+    flag("--ema", at_least(0.0, 1.0), "decay of the moving average of weights, which draws samples")
     flag("--save-every", at_least(1), "steps between checkpoints, each with a grid of samples")
     flag("--samples", at_least(1), "pictures in a grid")
+    flag("--test-images", at_least(1), "held-out pictures for the loss (15), overall and by t")
     flag("--eval-images", at_least(0), "held-out pictures for the bound in bits per dimension")
-    p.add_argument("--sigma", choices=["beta", "posterior", "zero"], default="beta",
+    p.add_argument("--sigma", choices=["beta", "posterior", "zero"],
                    help="sigma_t of 9119 (17); zero is the greedy (16) (default: beta)")
     p.add_argument("--no-clip", action="store_true", help="do not clip the x_0 foreseen to [-1, 1]")
     p.add_argument("--sample-steps", type=at_least(1), metavar="N",
                    help="sample in N steps of DDIM (default: all T steps of 9119 (17))")
-    p.add_argument("--eta", type=at_least(0.0), default=1.0, metavar="X",
-                   help="DDIM's noise: 1 as in (17), 0 none (default: 1)")
+    p.add_argument("--eta", type=at_least(0.0), metavar="N",
+                   help="noise of --sample-steps: 1 as in (17), 0 none (default: 1)")
     p.add_argument("--sample-only", type=at_least(1), metavar="N",
                    help="only draw N pictures from OUT/ckpt.pt")
     args = p.parse_args(argv)
     settle(args, presets, 2 if args.paper else 1 if args.gpu else 0)
+    if not args.mults or 0 in args.mults:
+        p.error("--mults: one whole number from 1 for each level")
     if max(args.attention, default=0) >= len(args.mults):
         p.error(f"--attention: levels are 0 to {len(args.mults) - 1}, one for each of --mults")
-    if args.sample_steps and args.sample_steps > args.T:
-        p.error(f"--sample-steps: there are only {args.T}")
+    if args.sample_steps and args.sigma or args.eta is not None and not args.sample_steps:
+        p.error("--eta goes with --sample-steps, --sigma without")
+    if args.eval_images == 1:
+        p.error("--eval-images: 0, or at least 2 for a standard error")
+    args.sigma, args.eta = args.sigma or "beta", 1.0 if args.eta is None else args.eta
     return args
 
 
@@ -676,7 +719,7 @@ def main_first(world: World) -> Iterator[None]:
 
 
 def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of body(args): 2 wrong input, 1 failure, 130 interrupted, each with one line."""
+    """The exit code of body(args), each with a line: 2 wrong input, 1 failure, 130 interrupted."""
     try:
         return body(args)
     except KeyboardInterrupt:
@@ -695,12 +738,16 @@ def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 
 
 # === shared: download ===
-def download(name: str, urls: list[str], md5: str, cache: str) -> Path:
+def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
     """The file `name` in `cache`, fetched once from the first of `urls` that answers.
 
-    It gets its name only when its md5 agrees, so half a download is never taken for a whole one.
-    Raises UserError, saying which file to put where.
+    It gets its name only when its digest (md5 or SHA-256) agrees: half a download never passes for
+    a whole one. Raises UserError, saying which file to put where.
     """
+    def whole(file: Path) -> bool:
+        body = file.read_bytes()
+        return digest in (hashlib.md5(body).hexdigest(), hashlib.sha256(body).hexdigest())
+
     path = Path(cache).expanduser() / name
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -709,39 +756,37 @@ def download(name: str, urls: list[str], md5: str, cache: str) -> Path:
             break
         try:
             torch.hub.download_url_to_file(url, str(part))
-            if hashlib.md5(part.read_bytes()).hexdigest() == md5:
+            if whole(part):
                 os.replace(part, path)
         except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
             print(f"{url}: {error}", file=sys.stderr)
         finally:
             part.unlink(missing_ok=True)
     if not path.exists():
         raise UserError(f"cannot download {name}: put the file from {urls[0]} at {path}")
-    if hashlib.md5(path.read_bytes()).hexdigest() != md5:
-        raise UserError(f"{path}: damaged or not {name} (md5 is not {md5}); delete it")
+    if not whole(path):
+        raise UserError(f"{path}: damaged or not {name} (its digest is not {digest}); delete it")
     return path
 # === end shared ===
 
 
 # === shared: flags ===
-def at_least(low: float) -> Callable[[str], float]:
-    """Reads a number, whole if `low` is, that is not below it."""
+def at_least(low: float, below: float = math.inf) -> Callable[[str], float]:
+    """Reads a number from `low` up to, not with, `below`; a whole one if `low` is."""
     def read(text: str) -> float:
         number = type(low)(text)
-        if not low <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low}")
+        if not low <= number < below:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
         return number
     read.__name__ = "number"  # argparse says "invalid number value"
     return read
 
 
-def whole_numbers(text: str) -> tuple[int, ...]:
-    """Reads 1,2,2 as (1, 2, 2)."""
-    return tuple(at_least(0)(part) for part in text.split(",") if part)
-
-
-def add_flag(p: argparse.ArgumentParser, presets: dict[str, tuple], flag: str, kind, text: str) -> None:
-    """Adds a flag whose default stands in `presets`: CPU, --gpu, and more; the help shows them."""
+def add_flag(p: argparse.ArgumentParser, presets: dict[str, tuple], flag: str, kind,
+             text: str) -> None:
+    """Adds a flag whose default stands in `presets`: CPU, --gpu, --paper; the help shows them."""
     cpu, *rest = presets[flag[2:].replace("-", "_")]
     said = [str(cpu)] + [f"{name} {value}" for name, value in zip(("--gpu", "--paper"), rest)
                          if value != cpu]
@@ -751,7 +796,8 @@ def add_flag(p: argparse.ArgumentParser, presets: dict[str, tuple], flag: str, k
     p.add_argument(flag, help=f"{text} (default: {'; '.join(said)})", **how)
 
 
-def common_flags(title: str, script: str, presets: dict[str, tuple], data: str) -> argparse.ArgumentParser:
+def common_flags(title: str, script: str, presets: dict[str, tuple],
+                 data: str) -> argparse.ArgumentParser:
     """A parser with the flags that all scripts share, alike in name, meaning and help."""
     p = argparse.ArgumentParser(description=title, allow_abbrev=False)
     p.add_argument("--gpu", action="store_true",
@@ -773,7 +819,7 @@ def common_flags(title: str, script: str, presets: dict[str, tuple], data: str) 
 
 
 def settle(args: argparse.Namespace, presets: dict[str, tuple], column: int) -> None:
-    """Gives flags left out their preset of that column; args.given keeps the names of the others."""
+    """Gives flags left out their preset of that column; args.given names those given by hand."""
     args.given = {name for name in presets if getattr(args, name) is not None}
     for name in presets.keys() - args.given:
         setattr(args, name, presets[name][column])
@@ -805,23 +851,26 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return state
 
 
-def begin_run(args: argparse.Namespace, names: list[str], script: str, world: World) -> dict | None:
-    """The checkpoint with --resume; its config wins. Else None, and args.out is a fresh folder.
+def resume_run(args: argparse.Namespace, names: list[str], script: str) -> dict | None:
+    """The checkpoint with --resume, else None; the `names` of its config replace those of args.
 
-    An older run there is moved to OUT.1, OUT.2, ... Raises UserError if a flag contradicts the
-    checkpoint (--steps may change), or if args.out holds something else.
+    Raises UserError if a flag given by hand contradicts it; only --steps may change.
     """
-    out = Path(args.out)
-    if args.resume:
-        state = load_checkpoint(out / "ckpt.pt", script)
-        for name in names:
-            old, new = state["config"][name], getattr(args, name, None)
-            if name not in args.given:
-                setattr(args, name, old)
-            elif new != old and name != "steps":
-                raise UserError(f"--{name.replace('_', '-')} {new}: the checkpoint has {old}; leave "
-                                "the flag out, or begin anew without --resume")
-        return state
+    if not args.resume:
+        return None
+    state = load_checkpoint(Path(args.out) / "ckpt.pt", script)
+    for name in names:
+        old, new = state["config"][name], getattr(args, name, None)
+        if name not in args.given:
+            setattr(args, name, old)
+        elif new != old and name != "steps":
+            raise UserError(f"--{name.replace('_', '-')} {new}: the checkpoint has {old}; leave "
+                            "the flag out, or begin anew without --resume")
+    return state
+
+
+def make_room(out: Path, world: World) -> None:
+    """A fresh folder `out`; an older run there moves to OUT.1, ...; UserError if it is no run."""
     if world.rank == 0:
         if out.is_dir() and any(out.iterdir()):
             if not (out / "log.csv").exists():
@@ -830,7 +879,6 @@ def begin_run(args: argparse.Namespace, names: list[str], script: str, world: Wo
             out.rename(aside)
             print(f"the older run in {out} is now in {aside}")
         out.mkdir(parents=True, exist_ok=True)
-    return None
 # === end shared ===
 
 
@@ -849,12 +897,12 @@ class Progress:
             print(("\r\033[K" if self.live else "") + text, flush=True)
 
     def headline(self, args: argparse.Namespace, parameters: int) -> None:
-        """What runs, where and how: the log's first line."""
+        """What runs, where and how: the log's first lines."""
         gpu = self.world.device.type == "cuda"
         where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
         how = "bfloat16 and TF32" if gpu and not args.fp32 else "float32"
-        self.note(f"{' '.join(sys.argv)}\n{where} x {self.world.size}, torch {torch.__version__}, {how}, "
-                  f"compile {'on' if args.compile else 'off'}, {parameters:,} parameters")
+        self.note(f"{' '.join(sys.argv)}\n{where} x {self.world.size}, torch {torch.__version__}, "
+                  f"{how}, compile {'on' if args.compile else 'off'}, {parameters:,} parameters")
 
     def due(self, step: int) -> bool:
         """Whether a line is due: at first, at last, and every 0.5 s (in a log: 10 s) between."""
@@ -863,20 +911,18 @@ class Progress:
             now - self.last[0] > (0.5 if self.live else 10)
 
     def show(self, step: int, items: int, **values: float) -> None:
-        """Prints and logs a line. `items` seen in all give the rate. Raises FloatingPointError."""
+        """Prints and logs a line; `items` seen in all give the rate. Raises as `check` does."""
         now = time.perf_counter()
         before, seen = self.last or (self.begin, items * self.start // step)
         self.last = now, items
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(f"not finite at step {step}: {values}; {self.path.parent}/ckpt.pt, "
-                                     "if there, is from before")
+        self.check(*map(torch.tensor, values.values()))
         if self.world.rank:
             return
         rate, elapsed = (items - seen) / (now - before), int(now - self.begin)
         eta = int((self.steps - step) * elapsed / max(step - self.start, 1))
         said = "  ".join(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4f}" for k, v in values.items())
-        line = (f"step {step:0{len(str(self.steps))}}/{self.steps}  {said}  {rate:.0f} {self.unit}/s  "
-                f"elapsed {timedelta(seconds=elapsed)}  eta {timedelta(seconds=eta)}")
+        line = (f"step {step:0{len(str(self.steps))}}/{self.steps}  {said}  {rate:.0f} {self.unit}"
+                f"/s  elapsed {timedelta(seconds=elapsed)}  eta {timedelta(seconds=eta)}")
         full = 20 * step // self.steps
         print(f"\r\033[K[{'#' * full:20}] {line}" if self.live else line, flush=True,
               end="\n" if step == self.steps or not self.live else "")
@@ -888,16 +934,16 @@ class Progress:
             writer.writerow(row)
 
     def check(self, *tensors: Tensor) -> None:
-        """Raises FloatingPointError unless all are finite: to be asked before a checkpoint is saved."""
+        """Raises FloatingPointError unless all are finite; asked before a checkpoint is saved."""
         if not all(bool(t.isfinite().all()) for t in tensors):
-            raise FloatingPointError(f"the loss or a weight is no longer finite; {self.path.parent}/"
-                                     "ckpt.pt, if there, is from before")
+            raise FloatingPointError("the loss or a weight is no longer finite; "
+                                     f"{self.path.parent}/ckpt.pt, if there, is from before")
 # === end shared ===
 
 
 # === shared: png ===
 def grid(images: Tensor, columns: int) -> Tensor:
-    """uint8 (N, C, H, W) -> (C, H', W'): rows of `columns`, a white line between, small ones enlarged."""
+    """uint8 (N, C, H, W) -> (C, H', W'): rows of `columns`, white lines between, small enlarged."""
     n, c, h, w = images.shape
     rows, scale = -(-n // columns), max(1, 96 // max(h, w))
     sheet = images.new_full((rows * columns, c, h + 1, w + 1), 255)
@@ -914,7 +960,8 @@ def write_png(path: Path, image: Tensor) -> None:
         raise ValueError(f"{c} channels: a PNG here has 1 or 3")
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
 
     lines = F.pad(image.cpu().permute(1, 2, 0).reshape(h, c * w), (1, 0))  # each begins: filter 0
     head = struct.pack(">2I5B", w, h, 8, 2 if c == 3 else 0, 0, 0, 0)
@@ -924,6 +971,8 @@ def write_png(path: Path, image: Tensor) -> None:
 
 
 # === shared: images ===
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
+       "t10k-labels-idx1-ubyte")
 NAMED = {  # where to get it, and the md5 of its four files
     "mnist": (["https://ossci-datasets.s3.amazonaws.com/mnist/",
                "https://storage.googleapis.com/cvdf-datasets/mnist/"],
@@ -934,52 +983,51 @@ NAMED = {  # where to get it, and the md5 of its four files
                        "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"])}
 CIFAR10 = ("cifar-10-binary.tar.gz", ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"],
            "c32a1d4ab5d03f1284b67883e8d87530")
-IDX = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 Images = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def load_images(data: str, size: int, cache: str, device: torch.device) -> Images:
-    """Training and held-out pictures, uint8 (N, C, H, W) on the device, and the labels of each or None.
+    """Training and held-out pictures, uint8 (N, C, H, W) on the device; the labels of each or None.
 
     data: faces, mnist, fashion-mnist, cifar10; a folder of idx files or of pictures, CIFAR-10's
     binary .tar.gz, or an .npy, uint8 (N, H, W) or (N, H, W, C). size: of faces and of pictures.
     Held out: a data set's own test part, or the last tenth. Raises UserError for anything else.
     """
     path = Path(data).expanduser()
-    idx = [next((p for p in (path / f"{name}.gz", path / name) if p.exists()), None) for name in IDX]
+    idx = [next((p for p in (path / f"{n}.gz", path / n) if p.exists()), None) for n in IDX]
     try:
         if data == "faces":
-            parts = draw_faces(50_000, size)
+            x, y, *test = draw_faces(50_000, size)
         elif data in NAMED:
             urls, sums = NAMED[data]
-            parts = [read_idx(download(f"{data}/{name}.gz", [f"{url}{name}.gz" for url in urls], md5,
-                                       cache)) for name, md5 in zip(IDX, sums)]
+            x, y, *test = [read_idx(download(f"{data}/{name}.gz", [f"{u}{name}.gz" for u in urls],
+                                             md5, cache)) for name, md5 in zip(IDX, sums)]
         elif data == "cifar10" or path.name.endswith(".tar.gz"):
-            parts = read_cifar10(download(*CIFAR10, cache) if data == "cifar10" else path)
+            x, y, *test = read_cifar10(download(*CIFAR10, cache) if data == "cifar10" else path)
         elif all(idx):
-            parts = [read_idx(file) for file in idx]
+            x, y, *test = map(read_idx, idx)
         elif path.is_dir():
-            parts = read_pictures(path, size), None
+            x, y, *test = read_pictures(path, size), None
         elif path.suffix == ".npy":
-            parts = np.load(path, allow_pickle=False), None
+            x, y, *test = np.load(path, allow_pickle=False), None
         else:
             raise UserError(f"--data {data}: no such folder, .tar.gz or .npy, nor one of the names "
                             f"faces, cifar10, {', '.join(NAMED)}")
     except (OSError, EOFError, KeyError, ValueError, struct.error, tarfile.TarError,
             zlib.error) as error:
         raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
-    x, y, *test = (None if part is None else torch.as_tensor(part) for part in parts)
-    if x.dtype != torch.uint8 or x.ndim not in (3, 4) or len(x) < 2 or 0 in x.shape:
-        raise UserError(f"--data {data}: {x.dtype} {tuple(x.shape)}, but pictures are uint8 (N, H, W) "
-                        "or (N, H, W, C)")
     if not test:
         cut = len(x) - max(1, len(x) // 10)
-        x, y, *test = x[:cut], None if y is None else y[:cut], x[cut:], None if y is None else y[cut:]
-    x, x_test = (v[:, None] if v.ndim == 3 else v.permute(0, 3, 1, 2) for v in (x, test[0]))
-    if x.shape[1] not in (1, 3):
-        raise UserError(f"--data {data}: {x.shape[1]} channels a picture; 1 or 3 can be shown")
-    x, x_test = (v.to(device, copy=False).contiguous() for v in (x, x_test))
-    return x, x_test, *(None if v is None else v.to(device) for v in (y, test[1]))
+        x, test = x[:cut], [x[cut:], None if y is None else y[cut:]]
+        y = None if y is None else y[:cut]
+    x, x_test = torch.as_tensor(x), torch.as_tensor(test[0])
+    if x.dtype != torch.uint8 or x.ndim not in (3, 4) or 0 in x.shape or x.shape[3:] > (3,) or \
+            x.shape[1:] != x_test.shape[1:]:
+        raise UserError(f"--data {data}: {x.dtype} {tuple(x.shape)}, but pictures are two or more, "
+                        "uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3")
+    x, x_test = (v[:, None] if v.ndim == 3 else v.permute(0, 3, 1, 2) for v in (x, x_test))
+    y, y_test = (None if v is None else torch.as_tensor(v).to(device) for v in (y, test[1]))
+    return x.to(device).contiguous(), x_test.to(device).contiguous(), y, y_test
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -997,16 +1045,16 @@ def read_idx(path: Path) -> np.ndarray:
 def read_cifar10(path: Path) -> list[np.ndarray]:
     """CIFAR-10's binary archive, member by member, nothing extracted: x, y, x_test, y_test."""
     with tarfile.open(path, "r:gz") as tar:
-        records = {Path(member.name).stem: np.frombuffer(tar.extractfile(member).read(), np.uint8)
-                   .reshape(-1, 3073) for member in tar if member.name.endswith("batch.bin")
-                   or "data_batch" in member.name}
-    train = np.concatenate([records[f"data_batch_{k}"] for k in range(1, 6)])
-    return [part for rows in (train, records["test_batch"].copy()) for part in
-            (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])]
+        rows = {Path(m.name).stem: np.frombuffer(bytearray(tar.extractfile(m).read()), np.uint8)
+                .reshape(-1, 3073) for m in tar if m.name.endswith("_batch.bin")
+                or "data_batch_" in m.name}
+    train = np.concatenate([rows[f"data_batch_{k}"] for k in range(1, 6)])
+    return [part for a in (train, rows["test_batch"]) for part in
+            (a[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), a[:, 0])]
 
 
 def read_pictures(folder: Path, size: int) -> np.ndarray:
-    """JPEG and PNG below `folder`, by name, cropped to the middle square and resized: (N, H, W[, 3])."""
+    """JPEG and PNG below `folder`, by name, the middle square resized: uint8 (N, H, W) or RGB."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -1038,9 +1086,9 @@ def draw_faces(count: int, size: int) -> tuple[Tensor, Tensor]:
     skin, hair, tilt, gaze, smile, width; uniform, from a seed of their own, on the CPU."""
     attributes = torch.rand(count, 6, generator=generator("cpu", 0))
     pictures = torch.empty(count, 3, size, size, dtype=torch.uint8)
-    colours = [[.98, .83, .72], [.42, .26, .17], [.93, .80, .45], [.10, .07, .06], [.62, .74, .86],
-               [.25, .35, .55], [1., 1., 1.], [.10, .15, .20], [.72, .22, .24]]
-    light, dark, blond, black, sky, shirt, white, iris, red = torch.tensor(colours)[..., None, None]
+    light, dark, blond, black, sky, shirt, white, iris, red = torch.tensor([
+        [.98, .83, .72], [.42, .26, .17], [.93, .80, .45], [.10, .07, .06], [.62, .74, .86],
+        [.25, .35, .55], [1., 1., 1.], [.10, .15, .20], [.72, .22, .24]])[..., None, None]
     right = (torch.arange(size) + 0.5) * 2 / size - 1
     for rows, part in zip(pictures.split(256), attributes.split(256)):
         skin, hair, tilt, gaze, smile, width = part.T[..., None, None]  # (n, 1, 1) each
@@ -1053,7 +1101,7 @@ def draw_faces(count: int, size: int) -> tuple[Tensor, Tensor]:
         picture = sky.repeat(len(part), 1, size, size)
 
         def paint(colour: Tensor, x: Tensor, y: Tensor, rx: Tensor | float, ry: float) -> None:
-            """Blends in an ellipse about x = y = 0, each pixel by the share of it that is covered."""
+            """Blends in an ellipse about x = y = 0, each pixel by its share that is covered."""
             away = ((x / rx).square() + (y / ry).square()).sqrt_().sub_(1)
             pixels = torch.as_tensor(rx).clamp(max=ry) * size / 2
             picture.lerp_(colour, away.mul_(-pixels).add_(0.5).clamp_(0, 1)[:, None])
@@ -1075,6 +1123,7 @@ def draw_faces(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The permutation of (seed, epoch), int64 (count,)."""
     return torch.randperm(count, generator=generator("cpu", seed, epoch, 9)).to(device)
 
 
