@@ -273,16 +273,13 @@ class UNet(nn.Module):
     """The paper's eps_theta: (B, C, H, W), t (B,) in 1..T -> (B, C, H, W); Ho et al. 2020, app. B.
 
     width * mults[i] channels at level i, each level half the size of the last (odd sizes round up;
-    the way up cuts to the skip's size). attention: levels whose blocks attend, 0 the first.
-    patch: pixels are put together, patch x patch into one (departs: quicker; 1 is the paper).
+    the way up cuts to the skip's size). attention: levels whose blocks attend, 0 the full size.
     """
 
     def __init__(self, channels: int = 3, width: int = 128, mults: tuple[int, ...] = (1, 2, 2, 2),
-                 blocks: int = 2, attention: tuple[int, ...] = (1,), dropout: float = 0.1,
-                 patch: int = 1):
+                 blocks: int = 2, attention: tuple[int, ...] = (1,), dropout: float = 0.1):
         super().__init__()
-        self.width, self.patch, time = width, patch, 4 * width
-        channels *= patch**2
+        self.width, time = width, 4 * width
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(),
                                   nn.Linear(time, time), nn.SiLU())
         self.first = nn.Conv2d(channels, width, 3, padding=1)
@@ -321,9 +318,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         time = self.time(time_code(t, self.width).to(x.dtype))  # (B, 4 width)
-        H, W = x.shape[2:]
-        h = F.pixel_unshuffle(F.pad(x, (0, -W % self.patch, 0, -H % self.patch)), self.patch)
-        h = self.first(h.contiguous(memory_format=torch.channels_last))
+        h = self.first(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for layers in self.down:
             for layer in layers:
@@ -340,8 +335,7 @@ class UNet(nn.Module):
                     h = layer(torch.cat([h, skip], 1), time)
                 else:
                     h = layer(h)
-        h = F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
-        return h[..., :H, :W].to(x.dtype)
+        return self.last(F.silu(self.norm(h))).to(x.dtype)
 
 
 def time_code(t: Tensor, width: int) -> Tensor:
@@ -428,7 +422,7 @@ def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Pa
 
 # ---- training ----
 
-CONFIG = ("data size T schedule patch width mults blocks attention dropout flip lr warmup decay "
+CONFIG = ("data size T schedule width mults blocks attention dropout flip lr warmup decay "
           "clip_grad ema batch_size seed steps shape").split()  # --resume takes these from ckpt.pt
 
 
@@ -471,8 +465,8 @@ def train(args: argparse.Namespace) -> int:
         make_room(out, world)
     s = {name: row.to(device) for name, row in make_schedule(args.T, args.schedule).items()}
     torch.manual_seed(args.seed)
-    net = UNet(x.shape[1], args.width, args.mults, args.blocks, args.attention, args.dropout,
-               args.patch).to(device)
+    net = UNet(x.shape[1], args.width, args.mults, args.blocks, args.attention, args.dropout)
+    net = net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
     step = 0
@@ -553,8 +547,7 @@ def sample_only(args: argparse.Namespace) -> int:
     args.resume = True
     state = settle_run(args)
     s = {name: row.to(world.device) for name, row in make_schedule(args.T, args.schedule).items()}
-    net = UNet(args.shape[0], args.width, args.mults, args.blocks, args.attention,
-               patch=args.patch).to(world.device)
+    net = UNet(args.shape[0], args.width, args.mults, args.blocks, args.attention).to(world.device)
     net.load_state_dict(state["ema"])
     with torch.autocast(world.device.type, torch.bfloat16, enabled=args.gpu and not args.fp32):
         pictures, _ = draw(net.eval(), args.shape, s, args.sample_only, args, args.sample_steps)
@@ -575,16 +568,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # flag         CPU          --gpu            --paper: Ho et al. 2020, CIFAR-10, appendix B
     presets = dict(
         size=         (32,        64,              32),
-        steps=        (800,       12_000,          800_000),
+        steps=        (500,       12_000,          800_000),
         batch_size=   (32,        128,             128),
-        save_every=   (400,       2000,            10_000),
+        save_every=   (250,       2000,            10_000),
         T=            (1000,      1000,            1000),
         schedule=     ("post",    "post",          "paper"),
-        patch=        (2,         1,               1),
-        width=        (32,        64,              128),
-        mults=        ((1, 2),    (1, 2, 4, 4),    (1, 2, 2, 2)),
+        width=        (16,        64,              128),
+        mults=        ((1, 2, 4), (1, 2, 4, 4),    (1, 2, 2, 2)),
         blocks=       (1,         2,               2),
-        attention=    ((1,),      (2, 3),          (1,)),
+        attention=    ((2,),      (2, 3),          (1,)),
         dropout=      (0.0,       0.0,             0.1),
         flip=         (False,     False,           True),
         lr=           (2e-3,      5e-4,            2e-4),
@@ -606,7 +598,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--size", at_least(8), "pixels of faces and of folders of pictures; others keep their own")
     flag("--T", at_least(21), "diffusion steps, 9119 (2)")
     flag("--schedule", ("post", "paper"), "alpha_t: post is 9119 (18), paper is linear in its beta")
-    flag("--patch", at_least(1), "put patch x patch pixels into one before the first level")
     flag("--width", at_least(4), "channels of the first level")
     flag("--mults", whole_numbers, "each level's channels in widths, such as 1,2,2,2")
     flag("--blocks", at_least(1), "residual blocks per level")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 LAWS = st.lists(st.floats(0.05, 0.999), min_size=1, max_size=200)  # any alpha_1 ... alpha_T
 SEEDS = st.integers(0, 2**31)
-TINY = ("--patch 1 --width 8 --mults 1,2 --attention 1 --blocks 1 --T 30 --batch-size 4 --samples 4 "
+TINY = ("--width 8 --mults 1,2 --attention 1 --blocks 1 --T 30 --batch-size 4 --samples 4 "
         "--eval-images 2 --warmup 2 --save-every 2").split()
 
 
@@ -378,10 +378,9 @@ def scrambled(net, seed=0):
     return net
 
 
-@given(st.integers(8, 33), st.integers(8, 33), st.sampled_from([1, 3]), st.integers(1, 3), st.integers(4, 9),
-       st.integers(1, 3))
-def test_unet_keeps_any_size_and_starts_at_zero(h, w, c, levels, width, patch):
-    net = tiny(channels=c, mults=(1, 2, 2)[:levels], attention=(0,), width=width, patch=patch)
+@given(st.integers(8, 33), st.integers(8, 33), st.sampled_from([1, 3]), st.integers(1, 3), st.integers(4, 9))
+def test_unet_keeps_any_size_and_starts_at_zero(h, w, c, levels, width):
+    net = tiny(channels=c, mults=(1, 2, 2)[:levels], attention=(0,), width=width)
     out = net(torch.randn(2, c, h, w), torch.tensor([1, 7]))
     assert out.shape == (2, c, h, w) and out.dtype == torch.float32
     assert torch.equal(out, torch.zeros_like(out))
@@ -411,6 +410,13 @@ def test_unet_sees_t_and_no_other_picture():
     far = x.clone()
     far[0, 0, 15, 15] += 10  # attention carries one corner to the other
     assert (net(far, t)[0, 0, 0, 0] - out[0, 0, 0, 0]).abs() > 1e-6
+
+
+@pytest.mark.parametrize("width", [4, 16, 32, 48, 128, 256])
+def test_unet_normalises_groups_and_not_single_channels(width):
+    """One channel a group would subtract the picture's own colour, which the last layer must give back."""
+    count = ddpm.groups(width)
+    assert width % count == 0 and width // count >= 4 and count == {128: 32, 256: 32}.get(width, count)
 
 
 def test_unet_time_code_by_plain_sines():
@@ -888,6 +894,12 @@ def test_older_runs_and_other_folders_are_kept(pictures, capsys):
     refused(capsys, [*pictures, "--out", "mine"], "mine")
     Path("file").write_text("x")
     refused(capsys, [*pictures, "--out", "file"], "file")
+
+
+def test_wrong_data_leaves_the_older_run_where_it_is(pictures, capsys):
+    assert ddpm.main([*pictures, "--steps", "1"]) == 0
+    refused(capsys, ["--data", "nowhere", "--steps", "1"], "nowhere")
+    assert states("out/ddpm")[0]["step"] == 1 and not Path("out/ddpm.1").exists()
 
 
 def test_foreign_and_cut_checkpoints_are_refused(pictures, capsys):
