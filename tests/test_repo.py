@@ -61,8 +61,10 @@ def test_shared_blocks_know_nothing_of_their_file():
     for name, text in TEXTS.items():
         own = set(functions(BLOCK.sub("", text)))
         for block, body in BLOCK.findall(text):
-            used = {node.id for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)}
-            assert not used & own - set(dir(builtins)) - set(functions(body)), (name, block, used & own)
+            names = [node for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)]
+            local = {node.id for node in names if isinstance(node.ctx, ast.Store)}
+            foreign = {node.id for node in names} & own - local - set(functions(body))
+            assert not foreign - set(dir(builtins)), (name, block, foreign)
 
 
 @each_script
@@ -143,7 +145,7 @@ def test_common_flags_are_alike():
 def test_every_flag_is_explained(name):
     for a in parser(name)._actions:
         assert a.help, a.option_strings
-        assert all(re.fullmatch(r"--?[a-z]+(-[a-z0-9]+)*|--T", s) for s in a.option_strings), a.option_strings
+        assert all(re.fullmatch(r"-h|--[a-z0-9]+(-[a-z0-9]+)*|--T", s) for s in a.option_strings), a.option_strings
 
 
 def commands(text):
@@ -211,3 +213,26 @@ def test_requirements_are_the_cards():
 def test_form(name):
     for k, line in enumerate(TEXTS[name].splitlines(), 1):
         assert len(line) <= 100 and line == line.rstrip() and "TODO" not in line, f"line {k}"
+
+
+PASTE = re.compile(r"Copy ((?:`\w+`[, and]*)+) from `(\w+)\.py`[^\n]*\n+```python\n(.*?)```", re.S)
+
+
+def test_every_script_has_a_paste_example():
+    assert {script for _, script, _ in PASTE.findall(README)} == set(TEXTS)
+
+
+@pytest.mark.parametrize("names, script, code", PASTE.findall(README), ids=lambda v: v[:9])
+def test_readme_paste_example_runs(names, script, code):
+    """The named definitions and the script's imports, nothing else, then the README's lines."""
+    assert len(code.splitlines()) <= 15
+    wanted, space = set(re.findall(r"`(\w+)`", names)), {}
+    tree = ast.parse(TEXTS[script])
+    for node in tree.body:
+        own = {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
+            {t.id for t in node.targets if isinstance(t, ast.Name)} if isinstance(node, ast.Assign) else set()
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or own & wanted:
+            exec(compile(ast.Module([node], []), script, "exec"), space)
+            wanted -= own
+    assert not wanted, f"{script}.py has no {wanted}"
+    exec(code, space)
