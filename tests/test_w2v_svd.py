@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -176,8 +177,8 @@ def test_counts_do_not_stop_at_half_precision():
 
 
 def test_T7_expected_windows_are_the_mean_of_random_ones():
-    """2,000 draws of all windows from 1..L, within 5 sigma of N / L; and the share by distance."""
-    L, V, times, rng = 4, 5, 2000, random.Random(0)
+    """500 draws of all windows from 1..L, within 5 sigma of N / L; and the share by distance."""
+    L, V, times, rng = 4, 5, 500, random.Random(0)
     tokens, docs = text(1, V, 25, 2)
     N = w.dense(*w.count(tokens, docs, V, w.skipgram_offsets(L)), V) / L
     sums, squares = np.zeros((V, V)), np.zeros((V, V))
@@ -258,7 +259,7 @@ def test_T2_linear_skipgram_is_the_svd_of_the_row_scaled_counts():
 
     def objective(X):
         eye = torch.eye(V, dtype=f64)
-        return sum(N[a, c] * (eye[c] - X[a]).square().sum() for a in range(V) for c in range(V))
+        return (N * (eye - X[:, None]).square().sum(-1)).sum()  # sum_wc N_wc |e_c - x_w|^2
 
     left, s, right = w.linear_skipgram(N, k)
     best = objective(left * s @ right.T).item()
@@ -388,8 +389,12 @@ def test_krylov_svd_is_lapacks(shape, k, rank, as_sparse, seed):
     m, n = shape
     k, rank = min(k, m, n), min(rank, m, n)
     M = draws(m, rank, seed=seed) @ draws(rank, n, seed=seed + 1)
-    given_ = (M.to_sparse_csr(), M.T.contiguous().to_sparse_csr()) if as_sparse and rank else (M, M.T)
-    u, s, v = w.krylov_svd(*given_, k, rounds=4)
+    pair = M, M.T.contiguous()
+    if as_sparse and rank:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls its CSR a beta
+            pair = tuple(x.to_sparse_csr() for x in pair)
+    u, s, v = w.krylov_svd(*pair, k, rounds=4)
     want = torch.from_numpy(np.linalg.svd(M.numpy(), compute_uv=False))
     size = max(want[0].item(), 1e-300)
     exact = rank <= 16 + k // 2 or 5 * (16 + k // 2) >= min(m, n)  # the space then holds all of M
@@ -492,8 +497,8 @@ def test_T8_keep(t):
 
 
 def test_T8_expected_counts_are_the_mean_of_random_drops():
-    """Dropped words leave gaps: kept_w kept_c N_wc for different words, within 5 sigma of 3,000 draws."""
-    V, L, times = 4, 2, 3000
+    """Dropped words leave gaps: kept_w kept_c N_wc for different words, within 5 sigma of 500 draws."""
+    V, L, times = 4, 2, 500
     tokens, docs = text(2, V, 30, 1)
     kept = torch.tensor([0.3, 0.5, 0.8, 1.0], dtype=f64)
     (i, j, n), _ = w.expected(w.count(tokens, docs, V, w.skipgram_offsets(L)), L, kept)
@@ -576,7 +581,7 @@ def test_unknown_words_raise():
 
 
 def test_nearest_leaves_the_word_itself_out():
-    cosine, near = w.nearest(PLANE, torch.tensor([0, 1]), 2)
+    cosine, near = w.neighbours(PLANE, torch.tensor([0, 1]), 2)
     assert near.tolist() == [[2, 1], [3, 0]] or near[:, 0].tolist() == [2, 3]
     assert cosine[0, 0].item() == pytest.approx(1.2 / math.sqrt(2 * 1.04), rel=1e-6)
 
@@ -699,24 +704,50 @@ def test_closed_models_write_everything(model, capsys):
     assert "4 of 4 asked" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model, loss, most", [("skipgram", "negative", 2.9), ("skipgram", "softmax", 1.45),
+def whole_counts():
+    """N (V, V), expected, of t.txt as SGD below sees it."""
+    words, n, tokens, docs = w.load_data("t.txt", "", 1, 99, torch.device("cpu"))
+    cells, n_w = w.expected(w.count(tokens, docs, 8, w.skipgram_offsets(2)), 2, torch.ones(8, dtype=f64))
+    return w.dense(*cells, 8), n_w
+
+
+@pytest.mark.parametrize("model, loss, most", [("skipgram", "negative", None), ("skipgram", "softmax", None),
                                                ("cbow", "softmax", 0.85), ("autoencoder", "negative", 2.8)])
 def test_descent_learns(model, loss, most):
-    """The last line's loss on a text of three phrases; at the start it is 6 log 2 = 4.16 or log 8 = 2.08."""
+    """The last loss on a text of three phrases, which begins at 6 log 2 = 4.16 or log 8 = 2.08. Skip-Gram
+    comes within 10 % of the least there is, T4's and T5's at full rank, and not below."""
     write_text()
-    args = [*SGD, "--model", model, "--loss", loss, "--steps", "150", "--lr", "0.05", "--batch-size", "512"]
-    assert w.main(args) == 0
-    last = Path("out/w2v_svd/log.csv").read_text().splitlines()[-1].split(",")
-    assert float(last[4]) < most
+    assert w.main([*SGD, "--model", model, "--loss", loss, "--steps", "300", "--lr", "0.05",
+                   "--batch-size", "512", "--dim", "8", "--shared-negatives", "512"]) == 0
+    last = float(Path("out/w2v_svd/log.csv").read_text().splitlines()[-1].split(",")[4])
+    if most is None:
+        N, n_w = whole_counts()
+        if loss == "softmax":
+            least = -(N * w.softmax_optimum(N).clamp(min=-99)).sum() / N.sum()
+        else:
+            n = torch.bincount(torch.tensor(["abcdefgh".index(c) for c in Path("t.txt").read_text()
+                                             if c.isalpha()]), minlength=8).sort(descending=True).values
+            P = n**0.75 / (n**0.75).sum()
+            x = w.sgns_optimum(N, n_w[:, None], P, 5).clamp(min=-99)
+            least = -(N * F.logsigmoid(x) + 5 * n_w[:, None] * P * F.logsigmoid(-x)).sum() / N.sum()
+        assert 0.98 * least < last < 1.1 * least  # a mean over the last line's steps
+    else:
+        assert last < most
 
 
-def test_the_closed_form_and_the_descent_agree_on_what_is_alike():
+def test_descent_beats_the_svd_by_sgns_own_objective():
+    """4233's difference 2 on equal terms: at rank 3, SPPMI's SVD < SGNS by gradient < T5's optimum."""
     write_text()
-    for model, extra in (("ppmi", []), ("skipgram", ["--steps", "200", "--lr", "0.05", "--batch-size", "512"])):
-        assert w.main([*SGD, "--model", model, *extra, "--out", model]) == 0
-        words, W = w.read_vectors(Path(model) / "vectors.bin")
-        near = {words[k]: words[r] for k, r in enumerate(w.nearest(W, torch.arange(8), 1)[1][:, 0])}
-        assert near["g"] == "h" and near["h"] == "g", model
+    value = {}
+    for model in ("ppmi", "skipgram"):
+        assert w.main([*SGD, "--model", model, "--objective", "--dim", "3", "--shift", "5", "--out", model,
+                       *([] if model == "ppmi" else ["--steps", "200", "--lr", "0.05"])]) == 0
+        value[model] = json.loads((Path(model) / "metrics.json").read_text())["objective"]
+    N, n_w = whole_counts()
+    P = w.negatives_law(n_w, 0.75)
+    x = w.sgns_optimum(N, n_w[:, None], P, 5).clamp(min=-99)
+    best = (N * F.logsigmoid(x) + 5 * n_w[:, None] * P * F.logsigmoid(-x)).sum() / N.sum()
+    assert value["ppmi"] < value["skipgram"] < best
 
 
 @pytest.mark.parametrize("model", ["skipgram", "cbow"])
@@ -770,7 +801,7 @@ def test_blocks_of_an_epoch_are_all_blocks_once():
     (["--data", "none.txt"], "no such file"),
     ([*BASE, "--min-count", "9999"], "fewer than two words"),
     ([*BASE, "--words", "zebra"], "unknown: zebra"),
-    ([*BASE, "--resume"], "nothing to resume"),
+    ([*BASE, "--resume"], "no such checkpoint"),
     ([*BASE, "--model", "linear-cbow", "--sample", "1e-3"], "--sample"),
     ([*SGD, "--batch-size", "40"], "multiple of 32"),
     ([*SGD, "--resume"], "no such checkpoint"),
