@@ -389,7 +389,7 @@ def draw(net: nn.Module, shape: torch.Size, s: Schedule, count: int, args: argpa
             if not first:
                 way.append(x[0])
         pictures.append(to_uint8(x))
-    return torch.cat(pictures), to_uint8(torch.stack(way))
+    return torch.cat(pictures), to_uint8(torch.stack(way)).cpu()
 
 
 def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Path,
@@ -401,7 +401,7 @@ def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Pa
     noise = torch.randn((args.T, *x.shape[1:]), generator=generator(x.device, args.seed, 0, 3),
                         device=x.device)
     down = to_uint8(tear_down(to_float(x_test[0]), noise, s))
-    rows = [row[torch.linspace(0, len(row) - 1, 12).long()] for row in (down, way)]
+    rows = [row[torch.linspace(0, len(row) - 1, 12).long()].cpu() for row in (down, way)]
     write_png(out / "samples.png", grid(pictures, math.isqrt(args.samples)))
     write_png(out / "building.png", grid(torch.cat(rows), 12))  # down above, up below
     some = pictures[:12]
@@ -530,6 +530,7 @@ def train(args: argparse.Namespace) -> int:
         return 130
     if world.rank == 0:
         net.eval()
+        progress.note(f"drawing {args.samples} pictures in {args.sample_steps or args.T} steps")
         with autocast:
             metrics = report(net, ema, x, x_test, s, out, args)
         metrics |= dict(step=step, images_seen=step * args.batch_size, seed=args.seed,
@@ -549,6 +550,7 @@ def sample_only(args: argparse.Namespace) -> int:
     s = {name: row.to(world.device) for name, row in make_schedule(args.T, args.schedule).items()}
     net = UNet(args.shape[0], args.width, args.mults, args.blocks, args.attention).to(world.device)
     net.load_state_dict(state["ema"])
+    print(f"drawing {args.sample_only} pictures in {args.sample_steps or args.T} steps", flush=True)
     with torch.autocast(world.device.type, torch.bfloat16, enabled=args.gpu and not args.fp32):
         pictures, _ = draw(net.eval(), args.shape, s, args.sample_only, args, args.sample_steps)
     path = Path(args.out) / "samples_only.png"

@@ -206,7 +206,7 @@ def half_order(d: int) -> Tensor:
 
 def axial(theta: Tensor, N: int) -> Tensor:
     """8397 (1): omega (N k, N), each axis turns k pairs of its own by theta (k,)."""
-    return torch.kron(torch.eye(N, dtype=theta.dtype), theta[:, None])
+    return torch.kron(torch.eye(N).to(theta), theta[:, None])
 
 
 def reversible(omega: Tensor) -> bool:
@@ -499,27 +499,28 @@ def precision(theta: Tensor) -> dict[str, list[float]]:
 
 
 def draw_curves(path: Path, title: str, x_label: str, curves: dict[str, tuple[list, list]]) -> None:
-    """Writes an SVG: lines through (x, y), x on a scale of powers of 2, y from 0 or near its least."""
+    """Writes an SVG: a line through each (x, y), x > 0 on a scale of powers of 2."""
     xs = [math.log2(x) for x, _ in curves.values() for x in x]
     ys = [y for _, y in curves.values() for y in y]
-    step = 10 ** math.floor(math.log10(max(ys)))
-    step = next(s for s in (step / 5, step / 2, step, 2 * step) if max(ys) / s <= 7)
-    x0, x1, y1 = min(xs), max(xs), math.ceil(max(ys) / step) * step
+    step = 10 ** math.floor(math.log10(max(ys) - min(ys) + 1e-9))
+    step = next(s for s in (step / 5, step / 2, step, 2 * step) if (max(ys) - min(ys)) / s <= 6)
+    low, high = math.floor(min(ys) / step), math.ceil(max(ys) / step)
+    x0, x1 = min(xs), max(xs)
 
     def at(x: float, y: float) -> str:
-        return f"{60 + 480 * (x - x0) / (x1 - x0):.1f},{290 - 240 * y / y1:.1f}"
+        return f"{60 + 480 * (x - x0) / (x1 - x0):.1f},{290 - 240 * (y / step - low) / (high - low):.1f}"
 
     svg = [f'<text x="60" y="30" font-size="15">{title}</text>',
            f'<text x="540" y="328" text-anchor="end">{x_label}</text>']
-    for k in range(round(y1 / step) + 1):
+    for k in range(low, high + 1):
         (left, y), right = at(x0, k * step).split(","), at(x1, k * step).split(",")[0]
         svg += [f'<path d="M{left},{y}H{right}" stroke="#ddd"/>',
                 f'<text x="52" y="{float(y) + 4}" text-anchor="end">{k * step:g}</text>']
     for k in range(math.ceil(x0), math.floor(x1) + 1):
-        svg.append(f'<text x="{at(k, 0).split(",")[0]}" y="308" text-anchor="middle">{2**k}</text>')
+        svg.append(f'<text x="{at(k, low).split(",")[0]}" y="308" text-anchor="middle">{2**k}</text>')
     colours = itertools.cycle(["#0b62a4", "#d1495b", "#2e8b57", "#e0a100", "#7b52ab", "#555"])
     for row, ((name, (x, y)), colour) in enumerate(zip(curves.items(), colours)):
-        points = " ".join(at(math.log2(a), b) for a, b in zip(x, y))
+        points = " ".join(at(math.log2(x), y) for x, y in zip(x, y))
         svg += [f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
                 f'<text x="550" y="{62 + 20 * row}" fill="{colour}">{name}</text>']
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="680" height="340" font-size="12" '
@@ -629,6 +630,9 @@ def check_flags(args: argparse.Namespace) -> None:
     if (args.pi, args.ntk, args.rerope) != (1, 1, None) and last != "rope":
         raise UserError(f"--pi, --ntk, --rerope: --position {last} has no theta"
                         f"{'; its rope is in --out OUT/folded' * (last == 'general')}")
+    if args.eval_bytes < 16 * args.context:
+        raise UserError(f"--eval-bytes {args.eval_bytes}: 16 times --context, {16 * args.context}, at "
+                        "least")
     if args.position == "learned" and len(args.prompt.encode()) + args.length > args.context + 1:
         raise UserError(f"--length {args.length}: with --prompt, learned positions end at "
                         f"{args.context}")
@@ -720,11 +724,12 @@ def train(args: argparse.Namespace) -> int:
 
 def show_completeness(figures: dict, out: Path) -> None:
     """Prints what `completeness` found."""
-    print(f"9403 (8)-(10): a dense B per head, folded into plain RoPE ({out}/folded/ckpt.pt): logits up "
-          f"to {figures['largest_logit']:.1f}\nchange by {figures['logits']:.1e} at most, in float64. "
-          "Largest relative change of a score, had there been")
+    print(f"9403 (10): exp(nB) of a dense B per head, folded into plain RoPE ({out}/folded/ckpt.pt), "
+          f"changes\nlogits of up to {figures['largest_logit']:.1f} by {figures['logits']:.1e} at most, in "
+          "float64. Change of scores by folding, relative to the largest:")
     for name in list(figures)[2:]:
-        print(f"  {name:36}{figures[name]:10.1e}   {'complete' if figures[name] < 1e-9 else 'P stays'}")
+        said = "nothing is lost" if figures[name] < 1e-9 else "P cannot be folded"
+        print(f"  {name:36}{figures[name]:10.1e}   {said}")
 
 
 def sample_only(args: argparse.Namespace) -> int:
@@ -772,7 +777,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--completeness", action="store_true",
                    help="train --position general, then fold it into plain RoPE, 9403 (10), and print "
                         "what that changes")
-    flag("--context", at_least(2), "bytes seen at once in training")
+    flag("--context", at_least(8), "bytes seen at once in training")
     flag("--width", at_least(2), "channels")
     flag("--layers", at_least(1), "attention and MLP each")
     flag("--heads", at_least(1), "of attention; an even share of the width each")
@@ -780,7 +785,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--warmup", at_least(1), "steps of linear warm-up")
     flag("--clip-grad", at_least(0.0), "largest norm of the gradient")
     flag("--save-every", at_least(1), "steps between checkpoints, each with texts and validation")
-    flag("--eval-bytes", at_least(2), "of the test text that are used")
+    flag("--eval-bytes", at_least(1), "of the test text that are used, 16 contexts at least")
     flag("--samples", at_least(1), "texts drawn")
     flag("--length", at_least(1), "bytes of such a text")
     p.add_argument("--prompt", default="def ", help="how they begin (default: %(default)r)")

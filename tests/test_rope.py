@@ -717,7 +717,7 @@ def test_curves_are_an_svg():
     root = ET.parse("a.svg").getroot()
     lines = [e for e in root if e.tag.endswith("polyline")]
     texts = [e.text for e in root if e.tag.endswith("text")]
-    assert len(lines) == 2 and {"title", "x", "one", "two", "1", "2", "4", "3"} <= set(texts)
+    assert len(lines) == 2 and {"title", "x", "one", "two", "1", "2", "4", "0", "3"} <= set(texts)
     points = [tuple(map(float, p.split(","))) for p in lines[0].get("points").split()]
     assert points[0][0] < points[1][0] < points[2][0] and points[1][0] * 2 == pytest.approx(points[0][0] + points[2][0])
     assert points[0][1] > points[1][1] > points[2][1]
@@ -748,7 +748,7 @@ def text():
     (["--width", "18", "--heads", "4"], "--heads 4"), (["--context", "1"], "--context"), (["--steps", "0"], "--steps"),
     (["--ntk", "0.5"], "--ntk"), (["--rerope", "0"], "--rerope"), (["--temperature", "0"], "--temperature"),
     (["--position", "alibi", "--ntk", "2"], "theta"), (["--position", "learned", "--length", "99"], "--length"),
-    (["--prompt", ""], "--prompt"), (["--layers", "x"], "--layers")])
+    (["--prompt", ""], "--prompt"), (["--eval-bytes", "255"], "--eval-bytes 255"), (["--layers", "x"], "--layers")])
 def test_wrong_flags_are_refused(text, capsys, argv, word):
     refused(capsys, [*TINY, *argv], word)
     assert not Path("out").exists()
@@ -815,7 +815,8 @@ def test_completeness_run_writes_what_it_says(text, capsys):
     figures = m["completeness"]
     assert figures["logits"] < 1e-9 < 0.1 < figures["largest_logit"]
     said = capsys.readouterr().out
-    assert f"{figures['logits']:.1e}" in said and said.count("complete") == 2 and said.count("P stays") == 3
+    assert f"{figures['logits']:.1e}" in said and said.count("nothing is lost") == 2 and \
+        said.count("P cannot be folded") == 3
     assert m["step"] == 5 and m["test_bytes"] == 144 and 0 < m["test_bits_per_byte"] < 9
     assert set(m["baselines"]) == {"unigram", "gzip", "xz"}
     assert len(m["extrapolation"]) == 4 and m["extrapolation"]["rope"]["lengths"] == [16, 32, 64, 128]
