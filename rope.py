@@ -753,14 +753,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # flag         CPU        --gpu
     presets = dict(
         data=         ("python",  "python"),
-        steps=        (600,       5000),
-        batch_size=   (16,        64),
-        save_every=   (300,       1000),
+        steps=        (800,       5000),
+        batch_size=   (4,         64),
+        save_every=   (400,       1000),
         position=     ("general", "rope"),
         context=      (256,       512),
         width=        (128,       512),
         layers=       (3,         8),
-        heads=        (4,         8),
+        heads=        (8,         8),
         lr=           (4e-3,      1e-3),
         warmup=       (50,        200),
         clip_grad=    (1.0,       1.0),
@@ -1112,9 +1112,9 @@ class Progress:
 
 # === shared: text ===
 TEXTS = {  # where to get it, and its SHA-256
-    "shakespeare": ("shakespeare.txt",
-                    ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-                     "input.txt"], "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "shakespeare": ("shakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+                                        "data/tinyshakespeare/input.txt"],
+                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "enwik8": ("enwik8.zip", ["http://mattmahoney.net/dc/enwik8.zip"],
                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
     "text8": ("text8.zip", ["http://mattmahoney.net/dc/text8.zip"],
@@ -1148,7 +1148,8 @@ def load_text(data: str, cache: str) -> list[bytes]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--data {data}: no such file, nor one of the names python, "
                         f"{', '.join(TEXTS)}") from None
-    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
     if not any(documents):
         raise UserError(f"--data {data}: nothing in it")
@@ -1156,7 +1157,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
 
 
 def split_text(documents: list[bytes], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Train, validation and test bytes, uint8 (T,) on the device: the first 90 %, then 5 % and 5 %."""
+    """Train, validation and test bytes, uint8 (T,) on the device: 90 %, then 5 % and 5 %."""
     whole = torch.frombuffer(bytearray(b"\n".join(documents)), dtype=torch.uint8).to(device)
     return whole.split([len(whole) - 2 * (len(whole) // 20), len(whole) // 20, len(whole) // 20])
 # === end shared ===
