@@ -190,12 +190,14 @@ def negatives_law(n_c: Tensor, power: float) -> Tensor:
     return P / P.sum()
 
 
-def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0) -> Tensor:
+def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0, discount: float = 0.0) -> Tensor:
     """Shifted positive PMI of cells n > 0: max(0, log(n / (n_w P_c)) - log k), natural logs.
 
-    P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less.
+    P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less. So does
+    a rare pair by discount: times n / (n + discount), Pantel and Lin 2002; compare T11.
     """
-    return sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
+    x = sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
+    return x * (n / (n + discount))
 
 
 def vectors(left: Tensor, s: Tensor, right: Tensor, p: float, plus: bool = False) -> Tensor:
@@ -218,43 +220,23 @@ def keep(f: Tensor, t: float, kind: str = "code") -> Tensor:
 
 # ---- counting: the window of 4233, in expectation ----
 
-def skipgram_offsets(L: int) -> list[tuple[int, int, int]]:
-    """Pairs (centre, context) as (place, place, weight), once for the two of them.
+def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 23) -> Cells:
+    """L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
 
-    A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, T7: times L, the weight.
+    A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1: whole
+    numbers, alike for any chunk. Windows end with documents. Raises ValueError if keys overflow.
     """
-    return [(0, d, L - d + 1) for d in range(1, L + 1)]
-
-
-def bag_offsets(L: int) -> list[tuple[int, int, int]]:
-    """Pairs of places of one bag around place 0: both are reached when the farther one is."""
-    places = [d for d in range(-L, L + 1) if d]
-    return [(a, b, L + 1 - max(abs(a), abs(b))) for a in places for b in places if a < b]
-
-
-def inside(docs: Tensor, s: int, e: int, lo: int, hi: int) -> tuple[int, int, Tensor]:
-    """The places s..e-1 whose neighbours lo <= 0 and hi >= 0 exist: first, last, same document."""
-    first, last = max(s, -lo), max(min(e, len(docs) - hi), s, -lo)
-    return first, last, docs[first + lo:last + lo] == docs[first + hi:last + hi]
-
-
-def count(tokens: Tensor, docs: Tensor, V: int, offsets: list[tuple[int, int, int]],
-          chunk: int = 1 << 23) -> Cells:
-    """N = C + C', int64, C[x, y] the sum of weights where x, y stand at places (a, b) of `offsets`.
-
-    Both places and 0 lie in one document. Whole numbers: n / L is the expected number of pairs
-    with word2vec's random windows, alike for any chunk. Raises ValueError where keys overflow.
-    """
-    bits = max(w for *_, w in offsets).bit_length()  # the weight rides below the key: a plain sort
+    bits = L.bit_length()  # the weight rides below the key: a plain sort does
     if V * V >= 1 << (63 - bits):
         raise ValueError(f"{V} words: their pairs overflow int64")
     keys, sums = (torch.empty(0, dtype=torch.int64, device=tokens.device) for _ in range(2))
     for s in range(0, len(tokens), chunk):
         new = []
-        for a, b, weight in offsets:
-            first, last, same = inside(docs, s, min(s + chunk, len(tokens)), min(a, 0), max(b, 0))
-            x, y = (tokens[first + d:last + d][same].long() for d in (a, b))
-            new.append((torch.minimum(x, y) * V + torch.maximum(x, y) << bits) + weight)
+        for d in range(1, L + 1):
+            e = max(min(s + chunk, len(tokens) - d), s)
+            same = docs[s:e] == docs[s + d:e + d]
+            x, y = (t[same].long() for t in (tokens[s:e], tokens[s + d:e + d]))
+            new.append((torch.minimum(x, y) * V + torch.maximum(x, y) << bits) + (L - d + 1))  # T7
         key = sort(torch.cat(new))
         key, part = add_up(key >> bits, key & (1 << bits) - 1)
         if len(keys):
@@ -305,12 +287,15 @@ def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
 
 def bag_gram(tokens: Tensor, docs: Tensor, V: int, L: int) -> Tensor:
     """L X'X (V, V) float64 of the bags around all places, windows in expectation: T3's XX."""
-    XX = dense(*count(tokens, docs, V, bag_offsets(L)), V)
-    for d in [*range(-L, 0), *range(1, L + 1)]:  # a place of the bag also meets itself
-        first, last, same = inside(docs, 0, len(docs), min(d, 0), max(d, 0))
-        once = torch.bincount(tokens[first + d:last + d][same], minlength=V)
-        XX.diagonal().add_(once, alpha=L - abs(d) + 1)
-    return XX
+    C = torch.zeros(V * V, dtype=torch.float64, device=tokens.device)
+    for a, b in itertools.combinations_with_replacement([d for d in range(-L, L + 1) if d], 2):
+        lo, hi = min(a, 0), max(b, 0)  # both places and the centre, 0, are in one document
+        size = max(len(tokens) - hi + lo, 0)
+        same = docs[:size] == docs[hi - lo:][:size]
+        x, y = (tokens[d - lo:][:size][same].long() for d in (a, b))
+        both = torch.bincount(x * V + y, minlength=V * V)  # reached when the farther one is
+        C.add_(both, alpha=(L + 1 - max(abs(a), abs(b))) * (0.5 if a == b else 1))
+    return C.view(V, V) + C.view(V, V).T
 
 
 def expected(cells: Cells, L: int, kept: Tensor) -> tuple[Cells, Tensor]:
@@ -576,7 +561,7 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 
 CLOSED = ("ppmi", "linear-skipgram", "linear-cbow", "linear-autoencoder")
 MODELS = (*CLOSED, "skipgram", "cbow", "autoencoder")
-CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing p plus negative "
+CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount p plus negative "
           "shared_negatives lr epochs batch_size seed steps").split()  # --resume takes these
 
 
@@ -617,11 +602,11 @@ def solve(tokens: Tensor, docs: Tensor, kept: Tensor, args: argparse.Namespace,
           progress: "Progress") -> tuple[Factors, dict[str, float]]:
     """left, s, right of a closed form, and the seconds of its parts."""
     V, L, times = len(kept), args.window, [time.perf_counter()]
-    cells, n_w = expected(count(tokens, docs, V, skipgram_offsets(L)), L, kept)
+    cells, n_w = expected(count(tokens, docs, V, L), L, kept)
     times.append(time.perf_counter())
     if args.model == "ppmi":
         (i, j, n), P = cells, negatives_law(n_w, args.smoothing)
-        M, Mt = (sparse(i, j, pmi(n, n_w[a], P[b], args.shift), V)
+        M, Mt = (sparse(i, j, pmi(n, n_w[a], P[b], args.shift, args.discount), V)
                  for a, b in ((i, j), (j, i)))  # N is its own mirror: so M' has the same cells
         times.append(time.perf_counter())
         factors = krylov_svd(M, Mt, min(args.dim, V), args.steps, seed=args.seed,
@@ -760,7 +745,7 @@ def train(args: argparse.Namespace) -> int:
     progress.note(said)
     metrics |= dict(words=len(tokens), vocabulary=len(words), seed=args.seed, model=args.model)
     if args.objective:
-        cells, n_w = expected(count(tokens, docs, len(words), skipgram_offsets(args.window)),
+        cells, n_w = expected(count(tokens, docs, len(words), args.window),
                               args.window, kept)
         bias = math.log(args.shift / args.negative) if closed else 0.0
         metrics["objective"] = sgns_objective(cells, n_w, U.float(), other.float(), negatives_law(
@@ -848,6 +833,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         sample=           (0.0,       0.0),
         shift=            (1.0,       1.0),
         smoothing=        (0.75,      0.75),
+        discount=         (1.0,       1.0),
         p=                (0.5,       0.5),
         plus=             (False,     False),
         negative=         (5,         5),
@@ -871,6 +857,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--sample", at_least(0.0), "subsampling's t; 0: none")
     flag("--shift", at_least(1e-3), "k of the shift log k of ppmi")
     flag("--smoothing", at_least(0.0), "power of the counts in the law of negatives")
+    flag("--discount", at_least(0.0), "weigh a pair seen n times by n / (n + discount), of ppmi")
     flag("--p", at_least(0.0), "vectors are U s^p")
     flag("--plus", bool, "add the vectors of context words, w + c")
     flag("--negative", at_least(1), "k, negatives per pair")

@@ -154,7 +154,7 @@ TEXTS = (SEEDS, st.integers(1, 6), st.integers(1, 30), st.integers(1, 4), st.int
 def test_counts_are_the_brute_force_for_any_chunk(seed, V, length, docs, L, chunk):
     tokens, docs = text(seed, V, length, docs)
     want = brute(tokens.tolist(), docs.tolist(), V, L)
-    i, j, n = w.count(tokens, docs, V, w.skipgram_offsets(L), chunk)
+    i, j, n = w.count(tokens, docs, V, L, chunk)
     assert n.dtype == torch.int64 and (n > 0).all()
     key = i * V + j
     assert (key[1:] > key[:-1]).all()  # each cell once, by rows
@@ -165,14 +165,14 @@ def test_counts_are_the_brute_force_for_any_chunk(seed, V, length, docs, L, chun
 
 def test_counts_refuse_keys_that_overflow():
     with pytest.raises(ValueError, match="overflow"):
-        w.count(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 2**31, [(0, 1, 5)])
+        w.count(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 2**31, 5)
 
 
 def test_counts_do_not_stop_at_half_precision():
     """A pair that comes 5,000 times: float16 would stop at 2,048."""
     tokens = torch.tensor([0, 1], dtype=torch.int32).repeat(5000)
     docs = torch.arange(5000, dtype=torch.int32).repeat_interleave(2)
-    i, j, n = w.count(tokens, docs, 2, w.skipgram_offsets(1))
+    i, j, n = w.count(tokens, docs, 2, 1)
     assert n.tolist() == [5000, 5000] and i.tolist() == [0, 1] and j.tolist() == [1, 0]
 
 
@@ -180,7 +180,7 @@ def test_T7_expected_windows_are_the_mean_of_random_ones():
     """500 draws of all windows from 1..L, within 5 sigma of N / L; and the share by distance."""
     L, V, times, rng = 4, 5, 500, random.Random(0)
     tokens, docs = text(1, V, 25, 2)
-    N = w.dense(*w.count(tokens, docs, V, w.skipgram_offsets(L)), V) / L
+    N = w.dense(*w.count(tokens, docs, V, L), V) / L
     sums, squares = np.zeros((V, V)), np.zeros((V, V))
     for _ in range(times):
         once = np.zeros((V, V))
@@ -193,7 +193,9 @@ def test_T7_expected_windows_are_the_mean_of_random_ones():
     mean = sums / times
     sigma = np.sqrt(np.maximum(squares / times - mean**2, 0) / times)
     assert (np.abs(mean - N.numpy()) <= 5 * sigma + 1e-12).all()
-    assert w.skipgram_offsets(L) == [(0, 1, 4), (0, 2, 3), (0, 3, 2), (0, 4, 1)]
+    far = torch.tensor([0, 1, 1, 1, 2], dtype=torch.int32)
+    share = w.dense(*w.count(far, torch.zeros_like(far), 3, 5), 3) / 5
+    assert share[0, 2] == 0.4  # distance 4 of 5: (5 - 4 + 1)/5
 
 
 @given(SEEDS, st.integers(1, 5), st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
@@ -220,7 +222,7 @@ def test_windows_on_the_device_have_the_weights_that_the_svd_counts(seed, V, len
     N = torch.zeros(V, V, dtype=f64)
     N.index_put_((centre[..., None].expand_as(weight), near[:, None].expand_as(weight)),
                  weight.double(), accumulate=True)
-    (i, j, n), n_w = w.expected(w.count(tokens, docs, V, w.skipgram_offsets(L)), L, kept)
+    (i, j, n), n_w = w.expected(w.count(tokens, docs, V, L), L, kept)
     torch.testing.assert_close(N, w.dense(i, j, n, V), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(n_w, w.dense(i, j, n, V).sum(1))
 
@@ -334,7 +336,7 @@ def test_T5_the_net_trained_on_a_text_reaches_shifted_pmi():
     V, L, k = 4, 2, 3
     tokens, docs = text(5, V, 300, 1)
     kept = torch.ones(V, dtype=f64)
-    (i, j, n), n_w = w.expected(w.count(tokens, docs, V, w.skipgram_offsets(L)), L, kept)
+    (i, j, n), n_w = w.expected(w.count(tokens, docs, V, L), L, kept)
     net = w.Word2Vec(V, V).double()
     net.out.weight.data = draws(V, V)
     starts = torch.arange(0, 300, w.SPAN)
@@ -366,6 +368,7 @@ def test_pmi_facts(V, c, k, seed):
     unshifted = w.sgns_optimum(N, n_w, P, 1)
     torch.testing.assert_close(x, torch.clamp(unshifted - math.log(k), min=0))
     torch.testing.assert_close(w.pmi(N, n_w, P), torch.clamp(unshifted, min=0))
+    torch.testing.assert_close(w.pmi(N, n_w, P, k, 2.0), x - 2 / (N + 2) * x)
 
 
 def test_smoothing_lowers_rare_contexts_and_lifts_none_of_them():
@@ -501,7 +504,7 @@ def test_T8_expected_counts_are_the_mean_of_random_drops():
     V, L, times = 4, 2, 500
     tokens, docs = text(2, V, 30, 1)
     kept = torch.tensor([0.3, 0.5, 0.8, 1.0], dtype=f64)
-    (i, j, n), _ = w.expected(w.count(tokens, docs, V, w.skipgram_offsets(L)), L, kept)
+    (i, j, n), _ = w.expected(w.count(tokens, docs, V, L), L, kept)
     rng, total, square = np.random.default_rng(0), np.zeros((V, V)), np.zeros((V, V))
     for _ in range(times):
         stays = rng.random(30) < kept[tokens.long()].numpy()
@@ -590,7 +593,7 @@ def test_nearest_leaves_the_word_itself_out():
 def test_sgns_objective_is_the_sum_over_all_cells_and_most_at_T5(V, k, bias, seed):
     tokens, docs = text(seed, V, 200, 1)
     kept = torch.ones(V, dtype=f64)
-    cells, n_w = w.expected(w.count(tokens, docs, V, w.skipgram_offsets(3)), 3, kept)
+    cells, n_w = w.expected(w.count(tokens, docs, V, 3), 3, kept)
     N, P = w.dense(*cells, V), w.negatives_law(n_w, 0.75)
     U, out = draws(V, 3, seed=seed), draws(V, 3, seed=seed + 1)
     x = U @ out.T + bias
@@ -707,7 +710,7 @@ def test_closed_models_write_everything(model, capsys):
 def whole_counts():
     """N (V, V), expected, of t.txt as SGD below sees it."""
     words, n, tokens, docs = w.load_data("t.txt", "", 1, 99, torch.device("cpu"))
-    cells, n_w = w.expected(w.count(tokens, docs, 8, w.skipgram_offsets(2)), 2, torch.ones(8, dtype=f64))
+    cells, n_w = w.expected(w.count(tokens, docs, 8, 2), 2, torch.ones(8, dtype=f64))
     return w.dense(*cells, 8), n_w
 
 
@@ -880,7 +883,7 @@ def test_closed_models_run_in_one_process_only(capsys, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_counts_and_factors_are_the_cpus():
     tokens, docs = text(0, 300, 20_000, 5)
-    here, there = (w.count(tokens.to(d), docs.to(d), 300, w.skipgram_offsets(5), 5000) for d in ("cpu", "cuda"))
+    here, there = (w.count(tokens.to(d), docs.to(d), 300, 5, 5000) for d in ("cpu", "cuda"))
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
     M = w.dense(*here, 300).log1p().float()
     a, b = w.krylov_svd(M, M.T, 10, rounds=6), w.krylov_svd(M.cuda(), M.T.cuda(), 10, rounds=6)
