@@ -573,7 +573,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         steps=        (500,       12_000,          800_000),
         batch_size=   (32,        128,             128),
         save_every=   (250,       2000,            10_000),
-        T=            (1000,      1000,            1000),
+        T=            (250,       1000,            1000),
         schedule=     ("post",    "post",          "paper"),
         width=        (16,        64,              128),
         mults=        ((1, 2, 4), (1, 2, 4, 4),    (1, 2, 2, 2)),
@@ -588,7 +588,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         ema=          (0.995,     0.999,           0.9999),
         samples=      (16,        64,              64),
         test_images=  (500,       2000,            10_000),
-        eval_images=  (2,         16,              64),
+        eval_images=  (4,         16,              64),
         data=         ("faces",   "faces",         "cifar10"),
         seed=         (0,         0,               0),
     )

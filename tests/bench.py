@@ -1,6 +1,8 @@
 """Times the inner steps of a script, and of an installed peer in turn. Not collected by pytest.
 
     python tests/bench.py ddpm --peer diffusers --threads 2
+    python tests/bench.py rope --peer rotary-embedding-torch --threads 1
+    python tests/bench.py w2v_svd --peer gensim --threads 2
     python tests/bench.py ddpm --gpu --compile
 
 A line of JSON for each thing timed: the median of seconds over --repeats, the smallest and the largest,
@@ -9,6 +11,7 @@ The arms take turns, so that what else the machine does meets all alike. Peers a
 """
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -93,6 +96,131 @@ def cases_ddpm(opt: argparse.Namespace) -> Iterator[Case]:
     print(json.dumps({who: sum(p.numel() for p in net.parameters()) for who, net in nets.items()}))
     yield "training step", batch, {who: trainer(net) for who, net in nets.items()}
     yield "sampling step", batch, {who: sampler(net) for who, net in nets.items()}
+
+
+def cases_rope(opt: argparse.Namespace) -> Iterator[Case]:
+    """The rotation of q and k, (1, 12, 4096, 64), tables ready; then training steps of the model.
+
+    Peers rotary-embedding-torch and transformers (its Llama form, half-split). "complex multiply" is
+    the bare product, which is what memory allows. First, lines with the largest error of a rotated
+    vector of length 1 at positions up to 10^6, in float32 and bfloat16, against float64.
+    """
+    import rope
+
+    device = torch.device("cuda" if opt.gpu else "cpu")
+    theta, d = rope.thetas(64).to(device), 64
+    x = torch.randn(2, 1, 12, 4096, d, device=device)
+    tables = rope.rotary_table(torch.arange(4096, device=device), theta)
+    polar = torch.complex(*tables)
+    ours = torch.compile(rope.rotate) if opt.compile else rope.rotate
+
+    def bare(q: torch.Tensor, k: torch.Tensor) -> tuple:
+        return tuple(torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * polar).flatten(-2)
+                     for x in (q, k))
+
+    arms = {"ours": lambda q, k: (ours(q, *tables), ours(k, *tables)), "complex multiply": bare}
+    at = {"ours": lambda x, n: rope.rotate(x, *rope.rotary_table(torch.tensor([n], device=device), theta))}
+    if opt.peer == "rotary-embedding-torch":
+        from rotary_embedding_torch import RotaryEmbedding
+
+        peer = RotaryEmbedding(d).to(device)
+        arms[opt.peer] = lambda q, k: (peer.rotate_queries_or_keys(q), peer.rotate_queries_or_keys(k))
+        at[opt.peer] = lambda x, n: RotaryEmbedding(d).to(device).rotate_queries_or_keys(x, offset=n)
+    if opt.peer == "transformers":
+        from transformers.models.llama import modeling_llama as llama
+
+        peer = llama.LlamaRotaryEmbedding(llama.LlamaConfig(hidden_size=12 * d, num_attention_heads=12))
+        cos_sin = peer.to(device)(x[0], torch.arange(4096, device=device)[None])
+        arms[opt.peer] = lambda q, k: llama.apply_rotary_pos_emb(q, k, *cos_sin)
+        order = rope.half_order(d).to(device)
+
+        def llama_at(x: torch.Tensor, n: int) -> torch.Tensor:
+            y = llama.apply_rotary_pos_emb(x[..., order], x[..., order],
+                                           *peer(x, torch.tensor([[n]], device=device)))[0]
+            return y[..., order.argsort()]
+        at[opt.peer] = llama_at
+    v = torch.nn.functional.normalize(torch.randn(1, 12, 1, d, device=device), dim=-1)
+    for dtype in (torch.float32, torch.bfloat16):
+        for who, turn in at.items():
+            error = {}
+            for n in (10**2, 10**3, 10**4, 10**5, 10**6):
+                exact = v.to(dtype).double() @ rope.rotation(torch.tensor(float(n)).to(theta), theta).T
+                error[str(n)] = float(f"{(turn(v.to(dtype), n).double() - exact).norm(dim=-1).max():.2g}")
+            print(json.dumps(dict(error_of=who, dtype=str(dtype), at=error)))
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k = x.to(dtype)
+        some = {who: arm for who, arm in arms.items() if dtype == torch.float32 or "complex" not in who}
+        yield f"rotate q and k, {dtype}, forward", 4096, {
+            who: functools.partial(torch.no_grad()(arm), q, k) for who, arm in some.items()}
+
+        def both(arm: Callable, q: torch.Tensor, k: torch.Tensor) -> None:
+            q, k = q.detach().requires_grad_(), k.detach().requires_grad_()
+            torch.autograd.grad(arm(q, k), (q, k), (k.detach(), q.detach()))
+        yield f"rotate q and k, {dtype}, forward and backward", 4096, {
+            who: functools.partial(both, arm, q, k) for who, arm in some.items()}
+    if opt.peer:
+        return
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
+    args = rope.parse_args(["--gpu"] if opt.gpu else [])
+    batch = opt.batch or args.batch_size
+    tokens = torch.randint(256, (batch, args.context + 1), device=device)
+    steps = {}
+    for position in rope.POSITIONS:
+        net = rope.LanguageModel(position, args.width, args.layers, args.heads, args.context).to(device)
+        run, adam = torch.compile(net) if opt.compile else net, rope.optimiser(net, 1e-3)
+
+        def step(run: torch.nn.Module = run, adam: torch.optim.Optimizer = adam) -> None:
+            with autocast:
+                value = rope.loss(run, tokens).mean()
+            value.backward()
+            adam.step()
+            adam.zero_grad()
+        steps["ours" if position == "rope" else position] = step
+    yield "training step, by position code (ours: rope)", batch * args.context, steps
+
+
+def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
+    """From tokens to 100 numbers a word, the standard library's text: SVD, beside gensim's 5 epochs of SGNS.
+
+    Then a step of the script's own SGNS. Peer gensim: sg=1, window 5, 5 negatives, --threads workers.
+    """
+    import w2v_svd as w
+
+    device = torch.device("cuda" if opt.gpu else "cpu")
+    words, n, tokens, docs = w.load_data("python", "~/.cache/kexue", 5, 100_000, device)
+    V, L = len(words), 5
+    kept = torch.ones(V, dtype=torch.float64, device=device)
+
+    def svd() -> w.Factors:
+        (i, j, x), n_w = w.expected(w.count(tokens, docs, V, L), L, kept)
+        P = w.negatives_law(n_w, 0.75)
+        M, Mt = (w.sparse(i, j, w.pmi(x, n_w[a], P[b], 1, 1), V) for a, b in ((i, j), (j, i)))
+        return w.krylov_svd(M, Mt, 100)
+
+    arms = {"ours": svd}
+    if opt.peer == "gensim":
+        from gensim.models import Word2Vec
+
+        texts = [[words[k] for k in doc.tolist()] for doc in
+                 tokens.cpu().split(torch.bincount(docs.cpu()).tolist()) if len(doc)]
+        texts = [doc[k:k + 10_000] for doc in texts for k in range(0, len(doc), 10_000)]  # its limit
+        arms["gensim"] = lambda: Word2Vec(texts, vector_size=100, sg=1, min_count=5, seed=0,
+                                          workers=torch.get_num_threads())
+    yield "tokens to vectors", len(tokens), arms
+    net = w.Word2Vec(V, 100).to(device)
+    adam = torch.optim.Adam(net.parameters(), fused=True)
+    batch = opt.batch or (65_536 if opt.gpu else 8192)
+    starts = torch.randint(0, len(tokens) - w.SPAN, (batch // w.SPAN,), device=device)
+    negatives = torch.randint(0, V, (256,), device=device)
+    run = torch.compile(net) if opt.compile else net
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32):
+            value, _ = run(*w.windows(tokens, docs, starts, L, None, kept), negatives, 5)
+        (value / batch).backward()
+        adam.step()
+        adam.zero_grad()
+    yield "a step of SGNS", batch, {"ours": step}
 
 
 def measure(opt: argparse.Namespace, what: str, items: int, arms: dict[str, Callable[[], object]]) -> None:
