@@ -570,9 +570,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # flag         CPU          --gpu            --paper: Ho et al. 2020, CIFAR-10, appendix B
     presets = dict(
         size=         (32,        64,              32),
-        steps=        (500,       12_000,          800_000),
-        batch_size=   (32,        128,             128),
-        save_every=   (250,       2000,            10_000),
+        steps=        (750,       12_000,          800_000),
+        batch_size=   (16,        128,             128),
+        save_every=   (375,       2000,            10_000),
         T=            (250,       1000,            1000),
         schedule=     ("post",    "post",          "paper"),
         width=        (16,        64,              128),

@@ -578,14 +578,15 @@ def report(net: LanguageModel, train: Tensor, test: Tensor, out: Path, args: arg
 
 
 def write_samples(net: LanguageModel, path: Path, count: int, args: argparse.Namespace) -> str:
-    """Draws `count` texts, always from the same random numbers, into `path`; returns the first."""
+    """Draws `count` texts, always from the same random numbers, into `path`; returns them all."""
     device = net.embed.weight.device
     prompt = torch.tensor(list(args.prompt.encode()), device=device).expand(count, -1)
     how = dict(pi=args.pi, ntk=args.ntk, rerope=args.rerope) if net.position == "rope" else {}
     texts = sample(net, prompt, args.length, generator(device, args.seed, 0, 2), args.temperature, **how)
     texts = [bytes(text).decode("utf-8", "replace") for text in texts.tolist()]
-    path.write_text(f"\n{'-' * 80}\n".join(texts) + "\n", "utf-8")
-    return texts[0]
+    said = f"\n{'-' * 80}\n".join(texts)
+    path.write_text(said + "\n", "utf-8")
+    return said
 
 
 # ---- training ----
@@ -755,7 +756,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         data=         ("python",  "python"),
         steps=        (800,       5000),
         batch_size=   (4,         64),
-        save_every=   (400,       1000),
+        save_every=   (800,       1000),
         position=     ("general", "rope"),
         context=      (256,       512),
         width=        (128,       512),
@@ -764,9 +765,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         lr=           (4e-3,      1e-3),
         warmup=       (50,        200),
         clip_grad=    (1.0,       1.0),
-        eval_bytes=   (131_072,   2_097_152),
-        samples=      (4,         8),
-        length=       (500,       1000),
+        eval_bytes=   (65_536,    2_097_152),
+        samples=      (3,         4),
+        length=       (250,       500),
         seed=         (0,         0),
     )
     p = common_flags(__doc__.partition("\n")[0], "rope", presets,
@@ -789,7 +790,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--samples", at_least(1), "texts drawn")
     flag("--length", at_least(1), "bytes of such a text")
     p.add_argument("--prompt", default="def ", help="how they begin (default: %(default)r)")
-    p.add_argument("--temperature", type=at_least(0.01), default=0.7, metavar="N",
+    p.add_argument("--temperature", type=at_least(0.01), default=0.8, metavar="N",
                    help="of drawing a byte (default: %(default)s)")
     p.add_argument("--pi", type=at_least(1.0), default=1.0, metavar="N",
                    help="longer texts: positions divided by N (default: 1)")

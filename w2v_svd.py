@@ -126,13 +126,12 @@ def through_classes(c_a: Tensor, d_c: Tensor, b_d: Tensor) -> Tensor:
     return c_a @ d_c @ b_d
 
 
-def new_words(M: Tensor, k: int) -> list[tuple[int, int, float]]:
-    """4208 衍生新词: (row, column, value) of cells that are 0 in counts M, not in A B, by size."""
-    u, s, v = truncated(M, k)
+def new_words(M: Tensor, k: int, count: int) -> list[tuple[int, int, float]]:
+    """4208 衍生新词: row, column, value of the `count` largest cells of A B that are 0 in counts M."""
+    u, s, v = krylov_svd(M, M.mT, k)
     AB = ((u * s) @ v.mT).clamp(min=0) * (M == 0)  # 4208 激活函数: max(x, 0)
-    i, j = AB.nonzero(as_tuple=True)
-    order = AB[i, j].argsort(descending=True, stable=True)
-    return list(zip(*(t[order].tolist() for t in (i, j, AB[i, j]))))
+    value, at = AB.flatten().topk(min(count, int((AB > 0).sum())))
+    return [(cell // M.shape[1], cell % M.shape[1], x) for cell, x in zip(at.tolist(), value.tolist())]
 
 
 def linear_skipgram(N: Tensor, k: int) -> Factors:
@@ -395,8 +394,8 @@ def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int, reach: Tensor 
     same = (own == doc[:, None]) & (own >= 0) & (d > 0)
     if reach is not None:
         return centre, near, (same & (d <= reach[..., None])).float()
-    weight = (L + 1 - d).clamp(min=0) / L * same
-    return centre, near, weight * kept[centre][..., None] * kept[near][:, None]
+    weight = (L + 1 - d).clamp(min=0) / L * same * kept[centre][..., None] * kept[near][:, None]
+    return centre, near, weight.float()
 
 
 # ---- evaluation ----
@@ -808,11 +807,11 @@ def show_new_words(path: Path, k: int) -> int:
     first, second = (sorted({word[at] for word, _ in pairs}) for at in (0, 1))
     if min(len(first), len(second)) <= k:
         raise UserError(f"--new-words {path}: too few words of two letters and count 100 or more")
-    M = torch.zeros(len(first), len(second))
-    i = torch.tensor([first.index(word[0]) for word, _ in pairs])
-    j = torch.tensor([second.index(word[1]) for word, _ in pairs])
-    M[i, j] = torch.tensor([float(count) for _, count in pairs])
-    print("  ".join(f"{first[r]}{second[c]} {x:.1f}" for r, c, x in new_words(M, k)[:40]))
+    M, row, column = torch.zeros(len(first), len(second)), *({c: k for k, c in enumerate(letters)}
+                                                             for letters in (first, second))
+    for word, n in pairs:
+        M[row[word[0]], column[word[1]]] = n
+    print("  ".join(f"{first[r]}{second[c]} {x:.1f}" for r, c, x in new_words(M, k, 40)))
     return 0
 
 

@@ -612,7 +612,7 @@ def test_4208_the_posts_table_ranks_the_missing_word_first():
     """Rows 神 魔, columns 兽 界 龙 灵 术: ones, but 神术 is 0."""
     M = torch.ones(2, 5, dtype=f64)
     M[0, 4] = 0
-    found = w.new_words(M, 1)
+    found = w.new_words(M, 1, 9)
     assert [cell[:2] for cell in found] == [(0, 4)] and 0 < found[0][2] < 1
 
 
@@ -623,7 +623,7 @@ def test_4208_a_hole_in_a_low_rank_matrix_comes_first(m, n, k, seed):
     M = torch.block_diag(M, torch.zeros(1, 1, dtype=f64))  # zeros that are no holes
     M[m, n] = M.max()
     M[1, 2] = 0
-    assert w.new_words(M, k)[0][:2] == (1, 2)
+    assert w.new_words(M, k, 9)[0][:2] == (1, 2)
 
 
 # ---- text, files, pictures ----
