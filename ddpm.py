@@ -400,12 +400,13 @@ def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Pa
     seconds = time.perf_counter() - begin
     noise = torch.randn((args.T, *x.shape[1:]), generator=generator(x.device, args.seed, 0, 3),
                         device=x.device)
-    down = to_uint8(tear_down(to_float(x_test[0]), noise, s))
-    rows = [row[torch.linspace(0, len(row) - 1, 12).long()].cpu() for row in (down, way)]
+    down = to_uint8(tear_down(to_float(x_test[0]), noise, s)).cpu()
+    early = torch.linspace(0, 1, 12).square()  # where most of what can be seen happens
+    rows = [down[(early * args.T).long()], way.flip(0)[(early * (len(way) - 1)).long()].flip(0)]
     write_png(out / "samples.png", grid(pictures, math.isqrt(args.samples)))
     write_png(out / "building.png", grid(torch.cat(rows), 12))  # down above, up below
-    some = pictures[:12]
-    write_png(out / "nearest.png", grid(torch.cat([some, nearest(some, x)]), len(some)))
+    few = pictures[:12]
+    write_png(out / "nearest.png", grid(torch.cat([few, nearest(few, x)]), len(few)))
     metrics = {"sample_seconds": seconds}
     for name, network in (("raw", net), ("ema", ema)):
         bins = held_out_loss(network, x_test[:args.test_images], s, args.seed, args.batch_size)
