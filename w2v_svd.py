@@ -131,7 +131,8 @@ def new_words(M: Tensor, k: int, count: int) -> list[tuple[int, int, float]]:
     u, s, v = krylov_svd(M, M.mT, k)
     AB = ((u * s) @ v.mT).clamp(min=0) * (M == 0)  # 4208 激活函数: max(x, 0)
     value, at = AB.flatten().topk(min(count, int((AB > 0).sum())))
-    return [(cell // M.shape[1], cell % M.shape[1], x) for cell, x in zip(at.tolist(), value.tolist())]
+    return [(cell // M.shape[1], cell % M.shape[1], x)
+            for cell, x in zip(at.tolist(), value.tolist())]
 
 
 def linear_skipgram(N: Tensor, k: int) -> Factors:
@@ -192,8 +193,8 @@ def negatives_law(n_c: Tensor, power: float) -> Tensor:
 def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0, discount: float = 0.0) -> Tensor:
     """Shifted positive PMI of cells n > 0: max(0, log(n / (n_w P_c)) - log k), natural logs.
 
-    P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less. So does
-    a rare pair by discount: times n / (n + discount), Pantel and Lin 2002; compare T11.
+    P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less;
+    so does a rare pair by discount: times n / (n + discount), Pantel and Lin 2002; compare T11.
     """
     x = sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
     return x * (n / (n + discount))
@@ -219,29 +220,35 @@ def keep(f: Tensor, t: float, kind: str = "code") -> Tensor:
 
 # ---- counting: the window of 4233, in expectation ----
 
-def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 23) -> Cells:
+def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
+          top: int = 2048) -> Cells:
     """L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
 
-    A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1: whole
-    numbers, alike for any chunk. Windows end with documents. Raises ValueError if keys overflow.
+    A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
+    whole numbers, alike for any chunk. Windows end with documents. Pairs of the `top` words, most of all,
+    add up in a dense square, the others are sorted. Raises ValueError if keys overflow.
     """
-    bits = L.bit_length()  # the weight rides below the key: a plain sort does
-    if V * V >= 1 << (63 - bits):
+    bits, F, keys, sums = L.bit_length(), min(V, top), [], []
+    if V * V >= 1 << (63 - bits):  # the weight rides below the key: a plain sort does
         raise ValueError(f"{V} words: their pairs overflow int64")
-    keys, sums = (torch.empty(0, dtype=torch.int64, device=tokens.device) for _ in range(2))
+    square = torch.zeros(F * F, dtype=torch.int64, device=tokens.device)
     for s in range(0, len(tokens), chunk):
-        new = []
+        rare = []
         for d in range(1, L + 1):
             e = max(min(s + chunk, len(tokens) - d), s)
             same = docs[s:e] == docs[s + d:e + d]
             x, y = (t[same].long() for t in (tokens[s:e], tokens[s + d:e + d]))
-            new.append((torch.minimum(x, y) * V + torch.maximum(x, y) << bits) + (L - d + 1))  # T7
-        key = sort(torch.cat(new))
-        key, part = add_up(key >> bits, key & (1 << bits) - 1)
-        if len(keys):
-            key, order = torch.cat([keys, key]).sort(stable=True)
-            key, part = add_up(key, torch.cat([sums, part])[order])
-        keys, sums = key, part
+            x, y = torch.minimum(x, y), torch.maximum(x, y)
+            cell = (x * F + y)[y < F]
+            square.index_add_(0, cell, cell.new_full((1,), L - d + 1).expand(len(cell)))  # T7
+            rare.append((x * V + y << bits)[y >= F] + (L - d + 1))
+        key = sort(torch.cat(rare))
+        for all_of, new in zip((keys, sums), add_up(key >> bits, key & (1 << bits) - 1)):
+            all_of.append(new)
+    cell = square.nonzero()[:, 0]
+    keys, sums = torch.cat([cell // F * V + cell % F, *keys]), torch.cat([square[cell], *sums])
+    order = argsort(keys)
+    keys, sums = add_up(keys[order], sums[order])
     i, j = keys // V, keys % V  # the upper triangle; the lower one is its mirror
     off = i != j
     order = argsort(torch.cat([keys, j[off] * V + i[off]]))
@@ -255,7 +262,7 @@ def sort(keys: Tensor) -> Tensor:
 
 
 def argsort(keys: Tensor) -> Tensor:
-    """The order of int64 keys, none of them twice."""
+    """An order of int64 keys; equal ones in any."""
     return keys.argsort() if keys.is_cuda else torch.from_numpy(np.argsort(keys.numpy()))
 
 
@@ -560,8 +567,8 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 
 CLOSED = ("ppmi", "linear-skipgram", "linear-cbow", "linear-autoencoder")
 MODELS = (*CLOSED, "skipgram", "cbow", "autoencoder")
-CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount p plus negative "
-          "shared_negatives lr epochs batch_size seed steps").split()  # --resume takes these
+CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount p plus "
+          "negative shared_negatives lr epochs batch_size seed steps").split()  # --resume takes these
 
 
 def load_data(data: str, cache: str, min_count: int, vocabulary: int,
@@ -1012,8 +1019,8 @@ def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
 
 # === shared: text ===
 TEXTS = {  # where to get it, and its SHA-256
-    "shakespeare": ("shakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-                                        "data/tinyshakespeare/input.txt"],
+    "shakespeare": ("shakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/"
+                                        "master/data/tinyshakespeare/input.txt"],
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "enwik8": ("enwik8.zip", ["http://mattmahoney.net/dc/enwik8.zip"],
                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),

@@ -149,12 +149,12 @@ def brute(tokens, docs, V, L):
 TEXTS = (SEEDS, st.integers(1, 6), st.integers(1, 30), st.integers(1, 4), st.integers(1, 6))
 
 
-@given(*TEXTS, st.integers(1, 31))
-@example(0, 1, 1, 1, 5, 7)
-def test_counts_are_the_brute_force_for_any_chunk(seed, V, length, docs, L, chunk):
+@given(*TEXTS, st.integers(1, 31), st.integers(0, 7))
+@example(0, 1, 1, 1, 5, 7, 0)
+def test_counts_are_the_brute_force_for_any_chunk_and_square(seed, V, length, docs, L, chunk, top):
     tokens, docs = text(seed, V, length, docs)
     want = brute(tokens.tolist(), docs.tolist(), V, L)
-    i, j, n = w.count(tokens, docs, V, L, chunk)
+    i, j, n = w.count(tokens, docs, V, L, chunk, top)
     assert n.dtype == torch.int64 and (n > 0).all()
     key = i * V + j
     assert (key[1:] > key[:-1]).all()  # each cell once, by rows
@@ -883,7 +883,7 @@ def test_closed_models_run_in_one_process_only(capsys, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_counts_and_factors_are_the_cpus():
     tokens, docs = text(0, 300, 20_000, 5)
-    here, there = (w.count(tokens.to(d), docs.to(d), 300, 5, 5000) for d in ("cpu", "cuda"))
+    here, there = (w.count(tokens.to(d), docs.to(d), 300, 5, 5000, 50) for d in ("cpu", "cuda"))
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
     M = w.dense(*here, 300).log1p().float()
     a, b = w.krylov_svd(M, M.T, 10, rounds=6), w.krylov_svd(M.cuda(), M.T.cuda(), 10, rounds=6)
