@@ -4,7 +4,7 @@ Post    Transformer升级之路：6、旋转位置编码的完备性分析   htt
         8265 (part 2) derives the 1-D form, 8397 (part 4) asks for N dimensions, 9708 is ReRoPE.
 
 Map     9403 (1)   R_m^T R_n = R_{n-m}                                         test
-        9403 (2)   R_n = exp(nB)                                               exp_rotation, exp_powers
+        9403 (2)   R_n = exp(nB)                                      exp_rotation, exp_powers
         9403 (3)   R_m^T R_n = exp(m B^T + n B + mn/2 [B^T, B] + ...)          test
         9403 (4)   so B^T = -B                                                 skew
         9403       O^n = (O_+ I_-)^n for det O = -1, corrected                 split_reflection
@@ -18,11 +18,13 @@ Map     9403 (1)   R_m^T R_n = R_{n-m}                                         t
         8265 (9)   f(q, m) = q e^{i m theta}, each pair a complex number       rotate
         8265 (11)  the d x d matrix, theta_i = 10000^{-2i/d}                   rotation, thetas
         8265 (13)  q * cos + (-q_1, q_0, -q_3, q_2, ...) * sin                 rotate
-        8265 (15)  S_i = sum_{j<i} e^{i(m-n) theta_j}; (16) mean |S_i|         decay
-        8397 (1)   x turns half of the pairs, y the other half                 axial, rotary_table_nd
+        8265 (15)  S_i = sum_{j<i} e^{i(m-n) theta_j}                          decay
+        8265 (16)  the score is bounded by the |S_i|: their mean               decay
+        8397 (1)   x turns half of the pairs, y the other half                 axial
         8397 (2)   relative, and (x, y) can be found from R_{x,y}              reversible
-        8397 (19)  R_x = exp(sum_k x_k B_k), (21) B_1 B_2 = B_2 B_1            rotary_table_nd, test
-        9708       R^{max(j-i, -w)}                                            rerope_scores
+        8397 (19)  R_x = exp(sum_k x_k B_k)                                    rotary_table_nd
+        8397 (21)  B_1 B_2 = B_2 B_1                                           test
+        9708       R^{max(j-i, -w)}, ReRoPE                                    rerope_scores
 Symbols P is orthogonal, so P^{-1} = P^T and one P serves q and k (the post only says invertible).
         "Interleaved": pair i is (q_2i, q_2i+1), as in the post; "half": (q_i, q_{i+d/2}).
 Shapes  B batch, H heads, L new tokens, M keys, d width of a head, N dimensions of a position.
@@ -108,7 +110,7 @@ def rotation(n: Tensor, theta: Tensor) -> Tensor:
 
 
 def generator_matrix(theta: Tensor) -> Tensor:
-    """9403 (6): the Lambda (..., d, d) with rotation(n, theta) = exp(n Lambda), theta (..., d/2)."""
+    """9403 (6): Lambda (..., d, d), rotation(n, theta) = exp(n Lambda), for theta (..., d/2)."""
     return blocks(torch.zeros_like(theta), theta)
 
 
@@ -125,9 +127,9 @@ def canonical(B: Tensor) -> tuple[Tensor, Tensor]:
     P, theta, rest = B.new_zeros(d, 0), B.new_zeros(0), torch.eye(d).to(B)
     while rest.shape[1] > 1:
         small = rest.T @ B @ rest
-        lam, u = torch.linalg.eigh(0.5j * (small - small.T))  # i B u = lam u; lam is +-theta, rising
-        # B a = theta b and B b = -theta a for u = (a + ib)/sqrt 2. Near lam = 0 a and b need not be
-        # orthogonal, as u mixes with its conjugate: split off what is far from 0, repeat on the rest.
+        lam, u = torch.linalg.eigh(0.5j * (small - small.T))  # i B u = lam u, lam = +-theta
+        # B a = theta b and B b = -theta a for u = (a + ib)/sqrt 2. Near lam = 0 u mixes with its
+        # conjugate, and a, b need not be orthogonal: split off what is far from 0, then the rest.
         far = (lam > torch.maximum(lam[-1] / 100, floor)).nonzero().flip(0)[:, 0]
         if not len(far):
             break
@@ -138,7 +140,7 @@ def canonical(B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absorb(weight: Tensor, bias: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
-    """9403 (10): P^T (W x + b) as a linear map again; weight (d, width) and bias (d,) of one head."""
+    """9403 (10): P^T (W x + b) as a linear map; weight (d, width) and bias (d,) of one head."""
     return P.T @ weight, P.T @ bias  # 9403 (10), the same for q and k as P^{-1} = P^T
 
 
@@ -159,7 +161,7 @@ def split_reflection(O: Tensor) -> tuple[Tensor, Tensor]:
 # ---- RoPE itself: 8265, in N dimensions 8397, longer texts 9675 and 9708 ----
 
 def thetas(d: int, base: float = 10000.0) -> Tensor:
-    """8265 (11): theta_i = base^{-2i/d}, float64 (d/2,); d the width of a head. ValueError if odd."""
+    """8265 (11): theta_i = base^{-2i/d}, float64 (d/2,), d a head's width; ValueError if odd."""
     if d % 2:
         raise ValueError(f"d = {d}: pairs need an even width")
     return base ** (-torch.arange(0, d, 2, dtype=torch.float64) / d)  # 8265 (11)
@@ -200,7 +202,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> 
 
 
 def half_order(d: int) -> Tensor:
-    """Pi (d,): x_half = x_interleaved[..., Pi], and rows of W_q, W_k likewise; argsort(Pi) is back."""
+    """Pi (d,): x_half = x_interleaved[..., Pi]; rows of W_q, W_k likewise; argsort(Pi) is back."""
     return torch.arange(d).view(-1, 2).T.flatten()
 
 
@@ -210,13 +212,14 @@ def axial(theta: Tensor, N: int) -> Tensor:
 
 
 def reversible(omega: Tensor) -> bool:
-    """8397 (2), the second demand: whether omega (d/2, N) lets x in R^N be found from R_x nearby."""
+    """8397 (2), the second demand: whether R_x, by omega (d/2, N), tells x from those near it."""
     return int(torch.linalg.matrix_rank(omega)) == omega.shape[-1]
 
 
 def decay(distance: Tensor, theta: Tensor) -> Tensor:
-    """8265 (16): mean over i of |S_i|, S_i = sum_{j<i} e^{i distance theta_j}; distance (...)."""
-    return torch.exp(1j * distance[..., None] * theta).cumsum(-1).abs().mean(-1)
+    """8265 (16): mean over i of |S_i|, for distances m - n (...) and theta (d/2,)."""
+    S = torch.exp(1j * distance[..., None] * theta).cumsum(-1)  # 8265 (15)
+    return S.abs().mean(-1)
 
 
 def ntk_thetas(theta: Tensor, factor: float) -> Tensor:
@@ -226,7 +229,7 @@ def ntk_thetas(theta: Tensor, factor: float) -> Tensor:
 
 
 def turn(x: Tensor, table: Table) -> Tensor:
-    """R_n x_n for x (..., L, d): by cos and sin, by R_n (..., L, d, d) itself, or not at all (None)."""
+    """R_n x_n for x (..., L, d): by cos and sin, by R_n (..., L, d, d) itself, or None: x."""
     if table is None:
         return x
     if isinstance(table, tuple):
@@ -237,7 +240,7 @@ def turn(x: Tensor, table: Table) -> Tensor:
 
 def rerope_scores(q: Tensor, k: Tensor, near: tuple[Table, Table], far: Table, m_n: Tensor,
                   w: int) -> Tensor:
-    """9708: q_m^T R^{max(n - m, -w)} k_n, (..., L, M), for q (..., L, d) and k (..., M, d), unrotated.
+    """9708: q_m^T R^{max(n - m, -w)} k_n, (..., L, M), for raw q (..., L, d) and k (..., M, d).
 
     near: tables of the positions m and n; far: of the position w; m_n: m - n, (..., L, M).
     """
@@ -279,7 +282,8 @@ class Layer(nn.Module):
         super().__init__()
         self.norm1, self.attention = nn.RMSNorm(width), SelfAttention(width, heads)
         self.norm2 = nn.RMSNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(),
+                                 nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, *how) -> tuple[Tensor, tuple]:
         y, past = self.attention(self.norm1(x), *how)
@@ -302,7 +306,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         if width % (2 * heads):
             raise ValueError(f"width {width}: {heads} heads of even width do not divide it")
-        self.config = dict(position=position, width=width, layers=layers, heads=heads, context=context)
+        self.config = dict(position=position, width=width, layers=layers, heads=heads,
+                           context=context)
         self.position, d = position, width // heads
         self.embed = nn.Embedding(256, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
@@ -325,8 +330,8 @@ class LanguageModel(nn.Module):
 
     def positions(self, first: int | Tensor, length: int) -> Tensor:
         """first, first + 1, ..., (L,); or (B, L) if there is a `first` for each row, (B,)."""
-        device = self.embed.weight.device
-        return torch.as_tensor(first, device=device)[..., None] + torch.arange(length, device=device)
+        steps = torch.arange(length, device=self.embed.weight.device)
+        return torch.as_tensor(first, device=steps.device)[..., None] + steps
 
     def table(self, layer: int, first: int | Tensor, length: int, pi: float, ntk: float) -> Table:
         """What turns q and k at positions first, first + 1, ...; (H, L, ...) or (B, H, L, ...)."""
@@ -360,12 +365,13 @@ class LanguageModel(nn.Module):
         """
         length, past = tokens.shape[1], cache[0][0].shape[2] if cache else 0
         if (pi, ntk, rerope) != (1, 1, None) and self.position != "rope":
-            raise ValueError(f"{self.position} has no theta to stretch: pi, ntk and rerope need rope")
+            raise ValueError(f"{self.position} has no theta: pi, ntk and rerope need rope")
         x = self.embed(tokens)
         if self.position == "learned":
             x = x + self.place(self.positions(first, length).clamp(min=0))
         elif self.position == "sinusoidal":
-            code = rotary_table(self.positions(first, length), thetas(x.shape[-1]).to(x.device), x.dtype)
+            theta = thetas(x.shape[-1]).to(x.device)
+            code = rotary_table(self.positions(first, length), theta, x.dtype)
             x = x + torch.cat(code, -1).to(x.dtype)
         seen = None
         padded = not isinstance(first, int) or first < past
@@ -414,16 +420,16 @@ def fold(net: LanguageModel) -> LanguageModel:
     heads, state = net.config["heads"], net.state_dict()
     theta = []
     for i, A in enumerate(state.pop("A")):
-        weight, bias = (state[f"layers.{i}.attention.qkv.{name}"].clone().unflatten(0, (3, heads, -1))
-                        for name in ("weight", "bias"))  # (3, H, d, width), (3, H, d)
+        name = f"layers.{i}.attention.qkv."
+        weight, bias = (state[name + part].clone().unflatten(0, (3, heads, -1))
+                        for part in ("weight", "bias"))  # (3, H, d, width), (3, H, d)
         for h, B in enumerate(skew(A.double())):
             P, theta_h = canonical(B)
             theta.append(theta_h)
             for part in (0, 1):  # q and k; v is not rotated
                 folded = absorb(weight[part, h].double(), bias[part, h].double(), P)
                 weight[part, h], bias[part, h] = folded
-        state |= {f"layers.{i}.attention.qkv.weight": weight.flatten(0, 2),
-                  f"layers.{i}.attention.qkv.bias": bias.flatten()}
+        state |= {name + "weight": weight.flatten(0, 2), name + "bias": bias.flatten()}
     theta = torch.stack(theta).unflatten(0, (-1, heads))  # (layers, H, d/2)
     rope = LanguageModel(**net.config | dict(position="rope")).to(net.embed.weight)
     rope.load_state_dict(state | dict(theta_bits=theta.view(torch.int64)))
@@ -432,21 +438,22 @@ def fold(net: LanguageModel) -> LanguageModel:
 
 @torch.no_grad()
 def completeness(net: LanguageModel, tokens: Tensor) -> tuple[LanguageModel, dict]:
-    """fold(net) in float64, and how far its logits on tokens (B, L) are from net's; and `limits`."""
+    """fold(net) in float64, how far its logits on tokens (B, L) are from net's, and `limits`."""
     general = copy.deepcopy(net).double()
     rope = fold(general)
     want, got = general(tokens), rope(tokens)
     x = general.layers[0].norm1(general.embed(tokens[0]))
-    q, k, _ = general.layers[0].attention.qkv(x).unflatten(-1, (3, net.config["heads"], -1)).unbind(1)
-    return rope, {"logits": (want - got).abs().max().item(), "largest_logit": want.abs().max().item(),
-                  **limits(q.transpose(0, 1), k.transpose(0, 1), skew(general.A[0]))}
+    qkv = general.layers[0].attention.qkv(x).unflatten(-1, (3, net.config["heads"], -1))
+    q, k, _ = qkv.permute(1, 2, 0, 3)  # (H, L, d) each
+    return rope, {"logits": (want - got).abs().max().item(),
+                  "largest_logit": want.abs().max().item(), **limits(q, k, skew(general.A[0]))}
 
 
 def limits(q: Tensor, k: Tensor, B: Tensor) -> dict[str, float]:
-    """Largest score that folding gets wrong, over the largest there is; q, k (H, L, d), B (H, d, d).
+    """Largest change of a score by folding, over the largest score; q, k (H, L, d), B (H, d, d).
 
-    Nothing between W and R, or a map that commutes with P: (10) holds. An element-wise map phi (11),
-    or one key for two heads with a B each: P cannot go into W. float64.
+    Nothing between W and R, or a map that commutes with P: (10) holds. 9403 (11), an element-wise
+    map phi, or one key for all heads with a B each: P cannot go into W. float64.
     """
     P, theta = map(torch.stack, zip(*map(canonical, B)))
     dense = exp_powers(q.shape[1], B)  # (H, L, d, d)
@@ -508,7 +515,8 @@ def draw_curves(path: Path, title: str, x_label: str, curves: dict[str, tuple[li
     x0, x1 = min(xs), max(xs)
 
     def at(x: float, y: float) -> str:
-        return f"{60 + 480 * (x - x0) / (x1 - x0):.1f},{290 - 240 * (y / step - low) / (high - low):.1f}"
+        x, y = (x - x0) / (x1 - x0), (y / step - low) / (high - low)
+        return f"{60 + 480 * x:.1f},{290 - 240 * y:.1f}"
 
     svg = [f'<text x="60" y="30" font-size="15">{title}</text>',
            f'<text x="540" y="328" text-anchor="end">{x_label}</text>']
@@ -517,19 +525,21 @@ def draw_curves(path: Path, title: str, x_label: str, curves: dict[str, tuple[li
         svg += [f'<path d="M{left},{y}H{right}" stroke="#ddd"/>',
                 f'<text x="52" y="{float(y) + 4}" text-anchor="end">{k * step:g}</text>']
     for k in range(math.ceil(x0), math.floor(x1) + 1):
-        svg.append(f'<text x="{at(k, low).split(",")[0]}" y="308" text-anchor="middle">{2**k}</text>')
+        x = at(k, low).split(",")[0]
+        svg.append(f'<text x="{x}" y="308" text-anchor="middle">{2**k}</text>')
     colours = itertools.cycle(["#0b62a4", "#d1495b", "#2e8b57", "#e0a100", "#7b52ab", "#555"])
     for row, ((name, (x, y)), colour) in enumerate(zip(curves.items(), colours)):
         points = " ".join(at(math.log2(x), y) for x, y in zip(x, y))
         svg += [f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>',
                 f'<text x="550" y="{62 + 20 * row}" fill="{colour}">{name}</text>']
-    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="680" height="340" font-size="12" '
-                    'font-family="sans-serif"><rect width="680" height="340" fill="#fff"/>'
+    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="680" height="340" '
+                    'font-size="12" font-family="sans-serif">'
+                    '<rect width="680" height="340" fill="#fff"/>'
                     + "\n".join(svg) + "</svg>\n")
 
 
 def extrapolation(net: LanguageModel, data: Tensor, batch: int) -> dict[str, list[float]]:
-    """Bits per byte at each position up to 8 times the context, by the ways to get there that fit."""
+    """Bits per byte at each position up to 8 times the context, by the ways to get there."""
     context = net.config["context"]
     ways = {net.position: {}}
     if net.position == "rope":
@@ -539,7 +549,8 @@ def extrapolation(net: LanguageModel, data: Tensor, batch: int) -> dict[str, lis
             for name, how in ways.items()}
 
 
-def report(net: LanguageModel, train: Tensor, test: Tensor, out: Path, args: argparse.Namespace) -> dict:
+def report(net: LanguageModel, train: Tensor, test: Tensor, out: Path,
+           args: argparse.Namespace) -> dict:
     """Prints and draws what the README shows; returns the numbers for metrics.json."""
     context, batch = args.context, args.batch_size * args.context
     some = test[:args.eval_bytes + 1]
@@ -561,10 +572,12 @@ def report(net: LanguageModel, train: Tensor, test: Tensor, out: Path, args: arg
             last = [sum(part) / len(part) for part in buckets]
             print(f"  {name:22}" + "".join(f"{value:8.3f}" for value in means) + " " * 11
                   + "".join(f"{value:8.3f}" for value in last[1:]))
-            metrics.setdefault("extrapolation", {})[name] = dict(lengths=lengths, mean=means, bucket=last)
+            metrics.setdefault("extrapolation", {})[name] = dict(lengths=lengths, mean=means,
+                                                                 bucket=last)
         edges = [round(2 ** (k / 2)) for k in range(8, 2 * int(math.log2(8 * context)) + 1)]
+        bins = list(zip(edges, edges[1:]))
         draw_curves(out / "extrapolation.svg", f"bits per byte, trained at {context}", "position",
-                    {name: (edges[1:], [sum(curve[a:b]) / (b - a) for a, b in zip(edges, edges[1:])])
+                    {name: (edges[1:], [sum(curve[a:b]) / (b - a) for a, b in bins])
                      for name, curve in curves.items()})
     distance = torch.logspace(0, 12, 200, 2, dtype=torch.float64)
     draw_curves(out / "decay.svg", "mean |S_i| of 8265 (16), d = 128", "distance m - n",
@@ -582,7 +595,8 @@ def write_samples(net: LanguageModel, path: Path, count: int, args: argparse.Nam
     device = net.embed.weight.device
     prompt = torch.tensor(list(args.prompt.encode()), device=device).expand(count, -1)
     how = dict(pi=args.pi, ntk=args.ntk, rerope=args.rerope) if net.position == "rope" else {}
-    texts = sample(net, prompt, args.length, generator(device, args.seed, 0, 2), args.temperature, **how)
+    g = generator(device, args.seed, 0, 2)
+    texts = sample(net, prompt, args.length, g, args.temperature, **how)
     texts = [bytes(text).decode("utf-8", "replace") for text in texts.tolist()]
     said = f"\n{'-' * 80}\n".join(texts)
     path.write_text(said + "\n", "utf-8")
@@ -591,20 +605,22 @@ def write_samples(net: LanguageModel, path: Path, count: int, args: argparse.Nam
 
 # ---- training ----
 
-CONFIG = "data position context width layers heads lr warmup clip_grad batch_size seed steps".split()
+CONFIG = ("data position context width layers heads lr warmup clip_grad batch_size seed "
+          "steps").split()
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return args.lr * min(1, (step + 1) / args.warmup) * (1 + math.cos(math.pi * step / args.steps)) / 2
+    fall = (1 + math.cos(math.pi * step / args.steps)) / 2
+    return args.lr * min(1, (step + 1) / args.warmup) * fall
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Train, validation and test bytes on the device. Raises UserError if a part is too short."""
     parts = split_text(load_text(args.data, args.cache), device)
     if min(map(len, parts)) <= args.context:
-        raise UserError(f"--data {args.data}: {len(parts[2])} bytes to test on, too few for --context "
-                        f"{args.context}")
+        raise UserError(f"--data {args.data}: {len(parts[2])} bytes to test on, too few for "
+                        f"--context {args.context}")
     return parts
 
 
@@ -612,7 +628,8 @@ def checkpoint(net: LanguageModel, opt: torch.optim.Optimizer, step: int,
                args: argparse.Namespace) -> dict:
     """What ckpt.pt holds."""
     config = {name: getattr(args, name) for name in CONFIG} | dict(position=net.position)
-    return dict(script="rope", step=step, config=config, model=net.state_dict(), opt=opt.state_dict())
+    return dict(script="rope", step=step, config=config, model=net.state_dict(),
+                opt=opt.state_dict())
 
 
 def optimiser(net: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -627,13 +644,13 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that each are right, but not together."""
     last = "rope" if args.position == "general" and not args.sample_only else args.position
     if args.width % (2 * args.heads):
-        raise UserError(f"--width {args.width}: --heads {args.heads} of even width do not divide it")
+        raise UserError(f"--width {args.width}: --heads {args.heads} need 2, 4, ... channels each")
     if (args.pi, args.ntk, args.rerope) != (1, 1, None) and last != "rope":
         raise UserError(f"--pi, --ntk, --rerope: --position {last} has no theta"
                         f"{'; its rope is in --out OUT/folded' * (last == 'general')}")
     if args.eval_bytes < 16 * args.context:
-        raise UserError(f"--eval-bytes {args.eval_bytes}: 16 times --context, {16 * args.context}, at "
-                        "least")
+        raise UserError(f"--eval-bytes {args.eval_bytes}: 16 times --context at least, "
+                        f"{16 * args.context}")
     if args.position == "learned" and len(args.prompt.encode()) + args.length > args.context + 1:
         raise UserError(f"--length {args.length}: with --prompt, learned positions end at "
                         f"{args.context}")
@@ -700,7 +717,8 @@ def train(args: argparse.Namespace) -> int:
                         write_samples(net, out / f"samples_{step:06}.txt", args.samples, args)
                     progress.note(f"validation {bits:.4f} bits per byte")
         save()
-    seconds, trained = time.perf_counter() - progress.begin, (step - progress.start) * args.batch_size
+    seconds = time.perf_counter() - progress.begin
+    trained = (step - progress.start) * args.batch_size
     if step < args.steps:
         progress.note(f"stopped and saved at step {step}; go on with --resume")
         return 130
@@ -711,7 +729,8 @@ def train(args: argparse.Namespace) -> int:
             net, metrics["completeness"] = completeness(net, test[None, :args.context].long())
             net = net.float()
             (out / "folded").mkdir(exist_ok=True)
-            save_checkpoint(out / "folded" / "ckpt.pt", checkpoint(net, optimiser(net, args.lr), step, args))
+            save_checkpoint(out / "folded" / "ckpt.pt",
+                            checkpoint(net, optimiser(net, args.lr), step, args))
             show_completeness(metrics["completeness"], out)
         with autocast:
             metrics |= report(net, text, test, out, args)
@@ -725,9 +744,9 @@ def train(args: argparse.Namespace) -> int:
 
 def show_completeness(figures: dict, out: Path) -> None:
     """Prints what `completeness` found."""
-    print(f"9403 (10): exp(nB) of a dense B per head, folded into plain RoPE ({out}/folded/ckpt.pt), "
-          f"changes\nlogits of up to {figures['largest_logit']:.1f} by {figures['logits']:.1e} at most, in "
-          "float64. Change of scores by folding, relative to the largest:")
+    print(f"9403 (10): a dense B per head, folded into plain RoPE ({out}/folded/ckpt.pt), changes\n"
+          f"logits of up to {figures['largest_logit']:.1f} by {figures['logits']:.1e} at most, in "
+          "float64. Change of scores, relative to the largest:")
     for name in list(figures)[2:]:
         said = "nothing is lost" if figures[name] < 1e-9 else "P cannot be folded"
         print(f"  {name:36}{figures[name]:10.1e}   {said}")
@@ -771,13 +790,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         seed=         (0,         0),
     )
     p = common_flags(__doc__.partition("\n")[0], "rope", presets,
-                     "python (the standard library's sources), shakespeare, enwik8, text8, or a file, "
-                     "also .gz .bz2 .xz .zip")
+                     "python (the standard library's sources), shakespeare, enwik8, text8, or a "
+                     "file, also .gz .bz2 .xz .zip")
     flag = functools.partial(add_flag, p, presets)
     flag("--position", POSITIONS, "how the model knows positions; general is exp(nB), 9403 (2)")
     p.add_argument("--completeness", action="store_true",
-                   help="train --position general, then fold it into plain RoPE, 9403 (10), and print "
-                        "what that changes")
+                   help="train --position general, then fold it into plain RoPE, 9403 (10), and "
+                        "print what that changes")
     flag("--context", at_least(8), "bytes seen at once in training")
     flag("--width", at_least(2), "channels")
     flag("--layers", at_least(1), "attention and MLP each")
@@ -795,7 +814,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--pi", type=at_least(1.0), default=1.0, metavar="N",
                    help="longer texts: positions divided by N (default: 1)")
     p.add_argument("--ntk", type=at_least(1.0), default=1.0, metavar="N",
-                   help="longer texts: the base of theta raised for N times the context (default: 1)")
+                   help="longer texts: a larger base of theta, for N contexts (default: 1)")
     p.add_argument("--rerope", type=at_least(1), metavar="W",
                    help="longer texts: no distance is above W, 9708 (default: none)")
     p.add_argument("--sample-only", type=at_least(1), metavar="N",
@@ -1113,8 +1132,8 @@ class Progress:
 
 # === shared: text ===
 TEXTS = {  # where to get it, and its SHA-256
-    "shakespeare": ("shakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-                                        "data/tinyshakespeare/input.txt"],
+    "shakespeare": ("shakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/"
+                                        "master/data/tinyshakespeare/input.txt"],
                     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
     "enwik8": ("enwik8.zip", ["http://mattmahoney.net/dc/enwik8.zip"],
                "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),

@@ -964,6 +964,6 @@ def test_alone_in_an_empty_folder():
     """The file by itself, as a user has it, with the Python library's own text."""
     Path("rope.py").write_bytes(Path(rope.__file__).read_bytes())
     argv = "--steps 2 --eval-bytes 4096 --length 20"
-    done = subprocess.run([sys.executable, "rope.py", *argv.split()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "rope.py", *argv.split()], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "def " in done.stdout and json.loads(Path("out/rope/metrics.json").read_text())["completeness"]["logits"] < 1e-9
