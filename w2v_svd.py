@@ -191,13 +191,13 @@ def negatives_law(n_c: Tensor, power: float) -> Tensor:
 
 
 def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0, discount: float = 0.0) -> Tensor:
-    """Shifted positive PMI of cells n > 0: max(0, log(n / (n_w P_c)) - log k), natural logs.
+    """Shifted positive PMI of counts n: max(0, log(n / (n_w P_c)) - log k), natural logs.
 
     P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less;
     so does a rare pair by discount: times n / (n + discount), Pantel and Lin 2002; compare T11.
     """
     x = sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
-    return x * (n / (n + discount))
+    return x * (n / (n + discount)) if discount else x
 
 
 def vectors(left: Tensor, s: Tensor, right: Tensor, p: float, plus: bool = False) -> Tensor:
@@ -225,8 +225,8 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
     """L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
 
     A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
-    whole numbers, alike for any chunk. Windows end with documents. Pairs of the `top` words, most of all,
-    add up in a dense square, the others are sorted. Raises ValueError if keys overflow.
+    whole numbers, alike for any chunk. Windows end with documents. Pairs of the `top` words, most
+    of all, add up in a dense square, the others are sorted. Raises ValueError if keys overflow.
     """
     bits, F, keys, sums = L.bit_length(), min(V, top), [], []
     if V * V >= 1 << (63 - bits):  # the weight rides below the key: a plain sort does
@@ -568,7 +568,7 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 CLOSED = ("ppmi", "linear-skipgram", "linear-cbow", "linear-autoencoder")
 MODELS = (*CLOSED, "skipgram", "cbow", "autoencoder")
 CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount p plus "
-          "negative shared_negatives lr epochs batch_size seed steps").split()  # --resume takes these
+          "negative shared_negatives lr epochs batch_size seed steps").split()  # for --resume
 
 
 def load_data(data: str, cache: str, min_count: int, vocabulary: int,

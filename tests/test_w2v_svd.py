@@ -369,6 +369,7 @@ def test_pmi_facts(V, c, k, seed):
     torch.testing.assert_close(x, torch.clamp(unshifted - math.log(k), min=0))
     torch.testing.assert_close(w.pmi(N, n_w, P), torch.clamp(unshifted, min=0))
     torch.testing.assert_close(w.pmi(N, n_w, P, k, 2.0), x - 2 / (N + 2) * x)
+    assert not w.pmi(N * torch.eye(V), n_w, P)[~torch.eye(V, dtype=torch.bool)].any()  # no pair: 0
 
 
 def test_smoothing_lowers_rare_contexts_and_lifts_none_of_them():
