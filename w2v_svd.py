@@ -512,9 +512,8 @@ def pca_picture(W: Tensor, labels: list[str], group: Tensor, size: int = 900) ->
     group (N,) gives the colours. Letters from a to z can be drawn, others become dots.
     """
     W = F.normalize(W.float().cpu(), dim=1)
-    u, s, _ = truncated(W - W.mean(0), 2)
-    xy = u * s
-    xy = (xy - xy.amin(0)) / (xy.amax(0) - xy.amin(0)).clamp(min=1e-9)
+    xy = truncated(W - W.mean(0), 2)[0]
+    xy = (xy - xy.amin(0)) / (xy.amax(0) - xy.amin(0)).clamp(min=1e-9)  # each fills its side
     picture, taken = torch.full((size, size, 3), 255, dtype=torch.uint8), []
     for (x, y), label, g in zip((xy * (size - 130) + 20).long().tolist(), labels, group.tolist()):
         while any(abs(y - b) < 14 and x < a + w and a < x + 8 * len(label) for a, b, w in taken):
@@ -522,7 +521,7 @@ def pca_picture(W: Tensor, labels: list[str], group: Tensor, size: int = 900) ->
         taken.append((x, y, 8 * len(label)))
         rows = ["".join(f"{int(GLYPHS.get(c, '00200')[r]):03b}0" for c in label) for r in range(5)]
         dots = torch.tensor([[c == "1" for c in row] for row in rows])
-        dots = dots.repeat_interleave(2, 0).repeat_interleave(2, 1)[:size - y, :size - x]
+        dots = dots.repeat_interleave(2, 0).repeat_interleave(2, 1)[:max(size - y, 0), :size - x]
         picture[y:y + dots.shape[0], x:x + dots.shape[1]][dots] = COLOURS[g % 8].to(torch.uint8)
     return picture.permute(2, 0, 1)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -636,6 +637,14 @@ def test_load_data_lower_cases_drops_rare_words_and_keeps_a_stable_order():
     assert tokens.tolist() == [0, 1, 1, 0, 3, 3, 4, 4, 2, 2, 2, 1, 0]
     assert docs.tolist() == [0] * 3 + [1] * 5 + [3] * 5
     assert w.load_data("t.txt", "cache", 2, 3, torch.device("cpu"))[0] == ["b", "a", "ä"]
+
+
+def test_members_of_a_zip_are_documents_of_their_own():
+    with zipfile.ZipFile("t.zip", "w") as archive:
+        for name in ("x.txt", "y.txt"):
+            archive.writestr(name, "a b a b")  # no line end between them
+    words, n, tokens, docs = w.load_data("t.zip", "cache", 1, 9, torch.device("cpu"))
+    assert words == ["a", "b"] and docs.tolist() == [0] * 4 + [1] * 4
 
 
 def test_prose_is_docstrings_and_comments():
