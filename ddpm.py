@@ -1007,22 +1007,23 @@ def load_images(data: str, size: int, cache: str, device: torch.device) -> Image
         elif path.is_dir():
             x, y, *test = read_pictures(path, size), None
         elif path.suffix == ".npy":
-            x, y, *test = np.load(path, allow_pickle=False), None
+            x, y, *test = np.array(np.load(path, allow_pickle=False)), None
         else:
             raise UserError(f"--data {data}: no such folder, .tar.gz or .npy, nor one of the names "
                             f"faces, cifar10, {', '.join(NAMED)}")
     except (OSError, EOFError, KeyError, ValueError, struct.error, tarfile.TarError,
             zlib.error) as error:
         raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
+    shape, held = tuple(x.shape), tuple(test[0].shape) if test else None
+    if x.dtype not in (torch.uint8, np.uint8) or len(shape) < 3 or 0 in shape + (held or ()) or \
+            shape[3:] not in ((), (1,), (3,)) or (held[1:] != shape[1:] if test else shape[0] < 2):
+        raise UserError(f"--data {data}: {x.dtype} {shape}, but pictures are two or more, uint8 "
+                        "(N, H, W) or (N, H, W, C) with C = 1 or 3")
     if not test:
         cut = len(x) - max(1, len(x) // 10)
         x, test = x[:cut], [x[cut:], None if y is None else y[cut:]]
         y = None if y is None else y[:cut]
-    x, x_test = torch.as_tensor(x), torch.as_tensor(test[0])
-    if x.dtype != torch.uint8 or x.ndim not in (3, 4) or 0 in x.shape or x.shape[3:] > (3,) or \
-            x.shape[1:] != x_test.shape[1:]:
-        raise UserError(f"--data {data}: {x.dtype} {tuple(x.shape)}, but pictures are two or more, "
-                        "uint8 (N, H, W) or (N, H, W, C) with C = 1 or 3")
+    x, x_test = map(torch.as_tensor, (x, test[0]))
     x, x_test = (v[:, None] if v.ndim == 3 else v.permute(0, 3, 1, 2) for v in (x, x_test))
     y, y_test = (None if v is None else torch.as_tensor(v).to(device) for v in (y, test[1]))
     return x.to(device).contiguous(), x_test.to(device).contiguous(), y, y_test

@@ -436,6 +436,14 @@ def analogies(W: Tensor, questions: Tensor, mul: bool = False) -> Tensor:
     return torch.cat(answers)
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text that are not blank. Raises UserError for any other file."""
+    try:
+        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text in UTF-8") from None
+
+
 def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
     """Scores of W (V, n) on a file: lines "word word score", or analogies "a b c d" in ": parts".
 
@@ -444,7 +452,7 @@ def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
     """
     number, part, pairs, questions = {w: i for i, w in enumerate(words)}, "", [], {}
     rows = [re.split(r"[\t,; ]+", line.strip().lower())
-            for line in path.read_text("utf-8").splitlines() if line.strip() and line[0] != "#"]
+            for line in read_lines(path) if line[0] != "#"]
     for k, row in enumerate(rows):
         if row[0].startswith(":"):
             part = " ".join(row)[1:].strip()
@@ -706,7 +714,7 @@ def train(args: argparse.Namespace) -> int:
     if closed and world.size > 1:
         raise UserError(f"--model {args.model}: is solved at once, in one process")
     for path in args.eval or ():
-        path.open().close()  # or stop now, not after the run
+        read_lines(path)  # or stop now, not after the run
     if args.sample and args.model not in ("ppmi", "skipgram"):
         raise UserError("--sample: only ppmi and skipgram can be weighed by it, not bags")
     if not closed and args.batch_size % (SPAN * world.size):
@@ -806,7 +814,7 @@ def inspect(args: argparse.Namespace) -> int:
 
 def show_new_words(path: Path, k: int) -> int:
     """4208 衍生新词: the 40 likeliest words of two letters that the list lacks, at rank k."""
-    rows = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    rows = [line.split() for line in read_lines(path)]
     if bad := [row for row in rows if len(row) < 2 or not row[1].isdigit()]:
         raise UserError(f"--new-words {path}: not a word and its count: {' '.join(bad[0])[:60]}")
     pairs = [(row[0], int(row[1])) for row in rows if len(row[0]) == 2 and int(row[1]) >= 100]

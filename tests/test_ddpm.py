@@ -786,13 +786,22 @@ def broken_files():
     np.save("flat.npy", np.zeros((5, 64), np.uint8))
     np.save("one.npy", np.zeros((1, 8, 8), np.uint8))
     np.save("four.npy", np.zeros((5, 8, 8, 4), np.uint8))
+    np.save("two.npy", np.zeros((5, 8, 8, 2), np.uint8))
+    np.save("none.npy", np.zeros((0, 8, 8), np.uint8))
+    np.save("five.npy", np.zeros((5, 8, 8, 3, 1), np.uint8))
+    np.save("scalar.npy", np.uint8(5))
+    np.save("words.npy", np.array(["a", "b"]))
+    np.savez("zip.npz", a=np.zeros((5, 8, 8), np.uint8))
+    Path("zip.npz").rename("zip.npy")
+    write_idx(Path("untested"), True, n=(6, 0))
     np.save("objects.npy", np.array([{}, {}], object), allow_pickle=True)
     Path("cut.npy").write_bytes(Path("float.npy").read_bytes()[:70])
 
 
 @pytest.mark.parametrize("data", ["nowhere", "nowhere.npy", "nowhere.tar.gz", "empty", "cut", "foreign", "bad.tar.gz",
                                   "part.tar.gz", "float.npy", "flat.npy", "one.npy", "four.npy", "objects.npy",
-                                  "cut.npy"])
+                                  "cut.npy", "two.npy", "none.npy", "five.npy", "scalar.npy", "words.npy",
+                                  "zip.npy", "untested"])
 def test_wrong_data_is_refused(capsys, data):
     broken_files()
     refused(capsys, ["--data", data, "--steps", "1", *TINY], data)

@@ -823,11 +823,14 @@ def test_blocks_of_an_epoch_are_all_blocks_once():
     (["--new-words", "t.txt"], "not a word and its count"),
     (["--vectors", "t.txt"], "word2vec's formats"),
     ([*BASE, "--eval", "none.txt"], "none.txt"),
+    ([*BASE, "--eval", "bytes.txt"], "bytes.txt: not a text"),
+    (["--new-words", "bytes.txt"], "bytes.txt: not a text"),
 ])
 def test_wrong_input_is_one_line_and_code_2(argv, line, capsys):
     if "--gpu" in argv and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     write_text()
+    Path("bytes.txt").write_bytes(b"\x80\xff")
     assert w.main(argv) == 2
     err = capsys.readouterr().err
     assert line in err and err.count("\n") == 1
