@@ -671,14 +671,21 @@ def test_damaged_vectors_are_refused(body, name):
 
 
 def test_pca_picture_puts_words_of_one_direction_side_by_side():
-    W = torch.cat([torch.tensor([[5., 0, 0]]).repeat(3, 1), torch.tensor([[0., 5, 0]]).repeat(3, 1)])
+    W = torch.tensor([[5., 0, 0]] * 5 + [[0., 5, 0]])
     W = W + 0.1 * torch.rand(6, 3, generator=torch.Generator().manual_seed(0))
-    picture = w.pca_picture(W, ["ab", "c", "d", "e", "f", "词"], torch.tensor([0, 0, 0, 1, 1, 1]))
+    picture = w.pca_picture(W, ["ab", "c", "d", "e", "f", "词"], torch.tensor([0] * 5 + [1]))
     assert picture.shape == (3, 900, 900) and picture.dtype == torch.uint8
+    first, last = ((picture == w.COLOURS[g].to(torch.uint8)[:, None, None]).all(0).nonzero().double()[:, 1]
+                   for g in (0, 1))  # along the principal direction
+    assert len(first) and len(last) and (first.mean() - last.mean()).abs() > 500
+    assert first.max() - first.min() < 200  # the five stay together, the sixth stands alone
 
-    def where(g):
-        return (picture == w.COLOURS[g].to(torch.uint8)[:, None, None]).all(0).nonzero().float().mean(0)
-    assert (where(0) - where(1)).norm() > 300  # two clusters, far from each other
+
+def test_neighbours_are_the_nearest_others():
+    W = torch.tensor([[1., 0], [9, 1], [0, 1], [-1, -1]])
+    cosine, near = w.neighbours(W, torch.tensor([0, 2]), 2)
+    assert near.tolist() == [[1, 2], [1, 0]]
+    assert cosine[0].tolist() == pytest.approx([9 / 82**0.5, 0]) and w.neighbours(W, near[0], 9)[1].shape == (2, 3)
 
 
 # ---- whole runs ----
