@@ -265,8 +265,8 @@ class Attention(nn.Module):
 
 
 def groups(channels: int) -> int:
-    """32 as in the paper, but at least 4 channels a group: fewer lose a picture's colours."""
-    return math.gcd(32, channels, channels // 4)
+    """32 as in the paper, if each then has at least 4 channels."""
+    return math.gcd(32, channels, channels // 4)  # departs: single channels lose their own mean
 
 
 class UNet(nn.Module):

@@ -4,10 +4,12 @@ import argparse
 import ast
 import difflib
 import importlib
+import io
 import re
 import shlex
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -184,6 +186,23 @@ def test_readme_links_and_pictures_exist():
 
 def test_readme_names_only_scripts_that_exist():
     assert {s for s in re.findall(r"\b(\w+)\.py\b", README) if s in ALL} == set(TEXTS)
+
+
+def code_lines(text):
+    """Lines with code on them: no blanks, comments or docstrings."""
+    docs = {line for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant) for line in range(node.lineno, node.end_lineno + 1)}
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = {line for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in skip
+             for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - docs)
+
+
+@each_script
+def test_readme_counts_the_lines_right(name):
+    own = code_lines(TEXTS[name]) - sum(code_lines(body) for _, body in BLOCK.findall(TEXTS[name]))
+    row = re.search(rf"^\| \[{name}\.py\].*?\| (\d+) \((\d+)\) \|", README, re.M)
+    assert [int(row[1]), int(row[2])] == [code_lines(TEXTS[name]), own]
 
 
 @each_script
