@@ -249,6 +249,18 @@ class Block(nn.Module):
         return self.skip(x) + h
 
 
+class Grow(nn.Conv2d):
+    """Twice the size by nearest neighbours, then this 3x3 convolution: (B, C, 2H, 2W).
+
+    Doubling is a transposed convolution with ones, so both are one with a 4x4 kernel, at 4/9 of
+    the multiplications.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = 4 * F.avg_pool2d(F.pad(self.weight.flip(2, 3), (1, 1, 1, 1)), 2, stride=1)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
 class Attention(nn.Module):
     """Residual self-attention of all pixels, one head. (B, C, H, W)"""
 
@@ -299,7 +311,7 @@ class UNet(nn.Module):
         for level, c in reversed(list(enumerate(width * m for m in mults))):
             for k in range(blocks + 1):
                 grow = k == 0 and level < len(mults) - 1
-                self.up.append(nn.ModuleList([nn.Conv2d(last, last, 3, padding=1)] if grow else []))
+                self.up.append(nn.ModuleList([Grow(last, last, 3)] if grow else []))
                 self.up[-1].append(Block(last + skips.pop(), c, time, dropout))
                 if level in attention:
                     self.up[-1].append(Attention(c))
@@ -329,9 +341,8 @@ class UNet(nn.Module):
         for layers in self.up:
             skip = skips.pop()
             for layer in layers:
-                if isinstance(layer, nn.Conv2d):
-                    h = F.interpolate(h, scale_factor=2)[..., :skip.shape[2], :skip.shape[3]]
                 if isinstance(layer, Block):
+                    h = h[..., :skip.shape[2], :skip.shape[3]]
                     h = layer(torch.cat([h, skip], 1), time)
                 else:
                     h = layer(h)

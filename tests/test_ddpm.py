@@ -408,6 +408,20 @@ def test_unet_sees_t_and_no_other_picture():
     torch.testing.assert_close(net(other, t)[0], out[0], atol=1e-5, rtol=1e-4)
 
 
+@given(st.integers(1, 7), st.integers(1, 7), SEEDS)
+def test_unet_grow_is_doubling_and_then_the_convolution(h, w, seed):
+    torch.manual_seed(seed)
+    grow = ddpm.Grow(3, 2, 3, padding=1).double()
+    x = torch.randn(2, 3, h, w, dtype=torch.float64)
+    big = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    padded = torch.nn.functional.pad(big, (1, 1, 1, 1))
+    want = grow.bias.view(1, 2, 1, 1).expand(2, 2, 2 * h, 2 * w).clone()
+    for dy in range(3):
+        for dx in range(3):
+            want += torch.einsum("nihw,oi->nohw", padded[..., dy:dy + 2 * h, dx:dx + 2 * w], grow.weight[..., dy, dx])
+    torch.testing.assert_close(grow(x), want)
+
+
 def test_unet_attention_by_a_plain_softmax():
     layer = scrambled(ddpm.Attention(8)).double()
     x = draws(2, 8, 3, 5)
