@@ -247,13 +247,12 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
             all_of.append(new)
     cell = square.nonzero()[:, 0]
     keys, sums = torch.cat([cell // F * V + cell % F, *keys]), torch.cat([square[cell], *sums])
-    order = argsort(keys)
-    keys, sums = add_up(keys[order], sums[order])
+    keys, order = arrange(keys)
+    keys, sums = add_up(keys, sums[order])
     i, j = keys // V, keys % V  # the upper triangle; the lower one is its mirror
     off = i != j
-    order = argsort(torch.cat([keys, j[off] * V + i[off]]))
-    cells = ((i, j[off]), (j, i[off]), (torch.where(off, sums, 2 * sums), sums[off]))
-    return tuple(torch.cat(two)[order] for two in cells)
+    keys, order = arrange(torch.cat([keys, j[off] * V + i[off]]))
+    return keys // V, keys % V, torch.cat([torch.where(off, sums, 2 * sums), sums[off]])[order]
 
 
 def sort(keys: Tensor) -> Tensor:
@@ -261,9 +260,13 @@ def sort(keys: Tensor) -> Tensor:
     return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
 
 
-def argsort(keys: Tensor) -> Tensor:
-    """An order of int64 keys; equal ones in any."""
-    return keys.argsort() if keys.is_cuda else torch.from_numpy(np.argsort(keys.numpy()))
+def arrange(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted int64 keys >= 0 and their order; on the CPU key and place as one number, if it fits."""
+    bits = len(keys).bit_length()
+    if keys.is_cuda or (keys >> 63 - bits).any():
+        return keys.sort()
+    both = sort(keys << bits | torch.arange(len(keys)))
+    return both >> bits, both & (1 << bits) - 1
 
 
 def add_up(keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,7 +285,8 @@ def dense(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
 
 def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
     """The (V, V) float32 CSR matrix of cells by rows, without those where x is 0."""
-    i, j, x = (t[x != 0] for t in (i, j, x))
+    there = x.nonzero()[:, 0]
+    i, j, x = i[there], j[there], x[there]
     kind = torch.int32 if max(V, len(x)) < 2**31 else torch.int64  # int32: half the traffic
     rows = F.pad(torch.bincount(i, minlength=V).cumsum(0), (1, 0))
     with warnings.catch_warnings():
@@ -317,6 +321,11 @@ def expected(cells: Cells, L: int, kept: Tensor) -> tuple[Cells, Tensor]:
 
 # ---- factorising ----
 
+def times(M: Tensor, X: Tensor) -> Tensor:
+    """M X, X (n, width); on the CPU in strips of 32, so that a sparse M finds X in the cache."""
+    return M @ X if M.is_cuda else torch.cat([M @ strip for strip in X.split(32, 1)], 1)
+
+
 def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 3, seed: int = 0,
                after: Callable[[int], None] = lambda step: None) -> Factors:
     """The best k of the SVD of M (m, n), dense or sparse, by a random block Krylov space; Mt is M'.
@@ -329,13 +338,13 @@ def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 3, seed: int = 0,
     if not 1 <= k <= min(m, n):
         raise ValueError(f"rank {k} of a matrix {m} x {n}")
     X = torch.randn(n, min(k // 2 + 16, m, n), generator=generator("cpu", seed), dtype=M.dtype)
-    Q = torch.linalg.qr(M @ X.to(M.device)).Q  # (m, width), wider with each round
-    Z = Mt @ Q
+    Q = torch.linalg.qr(times(M, X.to(M.device))).Q  # (m, width), wider with each round
+    Z = times(Mt, Q)
     for step in range(rounds):
-        Y = (M @ Z[:, -X.shape[1]:])[:, :min(m, n) - Q.shape[1]]
+        Y = times(M, Z[:, -X.shape[1]:])[:, :min(m, n) - Q.shape[1]]
         for _ in range(3):  # QR blows up the rounding noise that one pass leaves
             Y = torch.linalg.qr(Y - Q @ (Q.mT @ Y)).Q
-        Q, Z = torch.cat([Q, Y], 1), torch.cat([Z, Mt @ Y], 1)
+        Q, Z = torch.cat([Q, Y], 1), torch.cat([Z, times(Mt, Y)], 1)
         after(step + 1)
     P, R = torch.linalg.qr(Z)  # Q'M = R'P'
     a, s, bh = torch.linalg.svd(R.mT, full_matrices=False)
@@ -587,16 +596,18 @@ def load_data(data: str, cache: str, min_count: int, vocabulary: int,
     """
     number, ids = defaultdict(), array("i")
     number.default_factory = number.__len__
-    number["\n"]  # is 0
+    number["\n"], number[""]  # are 0, a document's end, and 1, between two blanks
     for document in load_text(data, cache):
-        text = document.decode("utf-8", "replace").lower()
         if data == "python":
-            text = " ".join(map("".join, PROSE.findall(text))).replace("\n", " ")
-        ids.extend(map(number.__getitem__, WORD.findall(text)))
-        ids.append(0)
+            document = b" ".join(map(b"".join, PROSE.findall(document))).replace(b"\n", b" ")
+        for line in document.split(b"\n"):
+            text = line.translate(ASCII).decode("utf-8", "replace").lower()
+            text = text if text.isascii() else OTHER.sub(" ", text)
+            ids.extend(map(number.__getitem__, text.split(" ")))
+            ids.append(0)
     ids = torch.frombuffer(ids, dtype=torch.int32)
     n = torch.bincount(ids)
-    n[0] = 0
+    n[:2] = 0
     order = n.argsort(descending=True, stable=True)[:int((n >= min_count).sum())][:vocabulary]
     if len(order) < 2:
         raise UserError(f"--data {data}: fewer than two words come {min_count} times or more")
@@ -607,8 +618,9 @@ def load_data(data: str, cache: str, min_count: int, vocabulary: int,
             *(v[tokens >= 0].to(device) for v in (tokens, docs)))
 
 
-WORD = re.compile(r"[^\W\d_]+|\n")
-PROSE = re.compile(r'"""(.*?)"""|#([^\n]*\n)', re.S)
+ASCII = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256))  # no letter: a blank
+OTHER = re.compile(r"[^\x00-\x7f\w]|\d")  # what is no letter beyond ASCII
+PROSE = re.compile(rb'"""(.*?)"""|#([^\n]*\n)', re.S)
 
 
 def solve(tokens: Tensor, docs: Tensor, kept: Tensor, args: argparse.Namespace,

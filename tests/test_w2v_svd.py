@@ -164,6 +164,24 @@ def test_counts_are_the_brute_force_for_any_chunk_and_square(seed, V, length, do
     assert n.sum().item() == sum(2 * (r - d) * (L - d + 1) for r in runs for d in range(1, min(L, r - 1) + 1))
 
 
+@given(st.lists(st.integers(0, 2**62), max_size=40))
+def test_arrange_sorts_keys_of_any_size_and_knows_where_they_were(some):
+    keys = torch.tensor(some * 2, dtype=torch.int64)
+    for by in (keys, keys >> 40):  # the first may not fit into one number with its place
+        got, order = w.arrange(by)
+        assert got.tolist() == sorted(by.tolist()) and torch.equal(by[order], got)
+        assert sorted(order.tolist()) == list(range(len(by)))
+
+
+@given(SEEDS, st.integers(1, 6))
+def test_sparse_and_dense_are_one_matrix(seed, V):
+    M = torch.randint(-1, 2, (V, V), generator=torch.Generator().manual_seed(seed)).float()
+    i, j = torch.cartesian_prod(torch.arange(V), torch.arange(V)).T  # zeros among them
+    S = w.sparse(i, j, M.flatten(), V)
+    assert torch.equal(S.to_dense(), M) and len(S.values()) == (M != 0).sum()
+    assert torch.equal(w.dense(i, j, M.flatten(), V), M.double())
+
+
 def test_counts_refuse_keys_that_overflow():
     with pytest.raises(ValueError, match="overflow"):
         w.count(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 2**31, 5)
@@ -648,8 +666,22 @@ def test_members_of_a_zip_are_documents_of_their_own():
 
 
 def test_prose_is_docstrings_and_comments():
-    found = " ".join(map("".join, w.PROSE.findall('x = 1  # one thing\n"""Two\nlines."""\ny = f(z)\n# end\n')))
-    assert found.split() == ["one", "thing", "Two", "lines.", "end"]
+    found = b" ".join(map(b"".join, w.PROSE.findall(b'x = 1  # one thing\n"""Two\nlines."""\ny = f(z)\n# end\n')))
+    assert found.split() == [b"one", b"thing", b"Two", b"lines.", b"end"]
+
+
+@given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(
+    ["don\u2019t", "a\u00b2b", "\u0661\u0662", "\u0130x", "\u6f22\u5b57\u3001", "Z_9", "\x85", "\u2028", "\r", "\n"])),
+    max_size=20), st.binary(max_size=4))
+def test_words_are_the_runs_of_letters_of_any_alphabet(parts, foreign):
+    raw = "aa\nzz ".encode() + " ".join(parts).encode("utf-8", "replace") + foreign + b"\nlast"
+    Path("u.txt").write_bytes(raw)
+    text = raw.decode("utf-8", "replace").lower()
+    want = [" ".join("".join(c if c.isalnum() and not c.isdecimal() else " " for c in line).split())
+            for line in text.split("\n")]
+    words, n, tokens, docs = w.load_data("u.txt", "cache", 1, 999, torch.device("cpu"))
+    lines = [" ".join(words[k] for k in tokens[docs == d].tolist()) for d in range(len(want))]
+    assert lines == want and n.sum() == sum(len(line.split()) for line in want)
 
 
 @pytest.mark.parametrize("name", ["v.bin", "v.txt"])
