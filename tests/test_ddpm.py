@@ -876,6 +876,16 @@ def test_run_writes_what_it_says(pictures, capsys):
     assert "step 5/5  loss" in said and "float32" in said and "parameters" in said
 
 
+def test_the_bound_is_that_of_the_sampler_in_use(pictures):
+    bits = {}
+    for how in (["beta"], ["posterior"], ["posterior", "--no-clip"], ["zero"]):
+        assert ddpm.main([*pictures, "--steps", "2", "--out", "b", "--sigma", *how]) == 0
+        m = json.loads(Path("b/metrics.json").read_text())
+        bits[tuple(how)] = m["bits_per_dim"]
+        assert m["bits_sigma"] == ("beta" if how == ["zero"] else how[0])  # zero has no density
+    assert len(set(bits.values())) == 3 and bits["beta",] == bits["zero",]
+
+
 def test_resume_is_the_straight_run_bit_for_bit(pictures):
     argv = [*pictures, "--steps", "7", "--dropout", "0.3", "--flip"]
     assert ddpm.main([*argv, "--out", "a"]) == 0
