@@ -781,8 +781,8 @@ def train(args: argparse.Namespace) -> int:
         write_vectors(out / "vectors.txt", words, W)
     metrics["scores"] = report(words, W, chosen, args)
     near = torch.cat([chosen[:8, None], neighbours(W, chosen[:8], 5)[1]], 1)  # 8 groups of 6
-    write_png(out / "pca.png", pca_picture(W[near.flatten()], [words[k] for k in near.flatten()],
-                                           torch.arange(near.numel()) // near.shape[1]))
+    drawn, group = near.flatten().tolist(), torch.arange(near.numel()) // near.shape[1]
+    write_png(out / "pca.png", pca_picture(W[drawn], [words[k] for k in drawn], group))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
     progress.note(f"vectors.bin, pca.png, metrics.json in {out}/")
     return 0
