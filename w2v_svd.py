@@ -261,7 +261,7 @@ def sort(keys: Tensor) -> Tensor:
 
 
 def arrange(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted int64 keys >= 0 and their order; on the CPU key and place as one number, if it fits."""
+    """Sorted int64 keys >= 0 and their order; on the CPU key and place in one number, if it fits."""
     bits = len(keys).bit_length()
     if keys.is_cuda or (keys >> 63 - bits).any():
         return keys.sort()
@@ -850,7 +850,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         model=            ("ppmi",    "ppmi"),
         loss=             ("negative", "negative"),
         steps=            (3,         3),
-        batch_size=       (8192,      65_536),
+        batch_size=       (1024,      8192),
         dim=              (100,       300),
         window=           (5,         5),
         min_count=        (5,         5),
@@ -863,7 +863,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         plus=             (False,     False),
         negative=         (5,         5),
         shared_negatives= (256,       1024),
-        lr=               (2e-3,      2e-3),
+        lr=               (1e-2,      1e-2),
         epochs=           (5.0,       5.0),
         save_every=       (500,       2000),
         seed=             (0,         0),

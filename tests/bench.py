@@ -209,7 +209,7 @@ def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
     yield "tokens to vectors", len(tokens), arms
     net = w.Word2Vec(V, 100).to(device)
     adam = torch.optim.Adam(net.parameters(), fused=True)
-    batch = opt.batch or (65_536 if opt.gpu else 8192)
+    batch = opt.batch or (8192 if opt.gpu else 1024)
     starts = torch.randint(0, len(tokens) - w.SPAN, (batch // w.SPAN,), device=device)
     negatives = torch.randint(0, V, (256,), device=device)
     run = torch.compile(net) if opt.compile else net
