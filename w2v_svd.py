@@ -261,7 +261,7 @@ def sort(keys: Tensor) -> Tensor:
 
 
 def arrange(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted int64 keys >= 0 and their order; on the CPU key and place in one number, if it fits."""
+    """Sorted int64 keys >= 0, and their order; on the CPU both in one number, if it fits."""
     bits = len(keys).bit_length()
     if keys.is_cuda or (keys >> 63 - bits).any():
         return keys.sort()
