@@ -803,6 +803,19 @@ def test_descent_beats_the_svd_by_sgns_own_objective():
 
 
 @pytest.mark.parametrize("model", ["skipgram", "cbow"])
+def test_descent_as_it_is_finds_topics(model):
+    """Two topics of 20 words, 6,000 lines of 10 words of one of them: no flag need be tuned for that."""
+    g = torch.Generator().manual_seed(0)
+    topic = torch.randint(2, (6000, 1), generator=g) * 20
+    lines = (topic + torch.randint(20, (6000, 10), generator=g)).tolist()
+    Path("t.txt").write_text("\n".join(" ".join(chr(97 + k // 20) + chr(97 + k % 20) for k in line) for line in lines))
+    assert w.main(["--data", "t.txt", "--model", model, "--dim", "20"]) == 0
+    words, W = w.read_vectors(Path("out/w2v_svd/vectors.bin"))
+    near = w.neighbours(W, torch.arange(40), 1)[1][:, 0].tolist()
+    assert len(words) == 40 and sum(words[k][0] == word[0] for k, word in zip(near, words)) >= 38
+
+
+@pytest.mark.parametrize("model", ["skipgram", "cbow"])
 def test_resume_is_the_straight_run_bit_for_bit(model):
     write_text()
     run = [*SGD, "--model", model, "--steps", "7", "--save-every", "3"]
