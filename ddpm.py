@@ -425,12 +425,12 @@ def report(net: UNet, ema: UNet, x: Tensor, x_test: Tensor, s: Schedule, out: Pa
     if args.eval_images:
         x0 = to_float(x_test[:args.eval_images])
         g = generator(x.device, args.seed, 0, 4)
-        how = "beta" if args.sigma == "zero" else args.sigma, not args.no_clip
-        bits = torch.cat([bits_per_dim(ema, part, s, g, *how)
+        sigma = "beta" if args.sigma == "zero" else args.sigma  # zero has no density
+        bits = torch.cat([bits_per_dim(ema, part, s, g, sigma, not args.no_clip)
                           for part in x0.split(args.batch_size)])
         metrics |= {"bits_per_dim": bits.mean().item(), "bits_images": len(bits),
                     "bits_standard_error": (bits.std() / len(bits) ** 0.5).item(),
-                    "bits_schedule": args.schedule, "bits_sigma": how[0]}
+                    "bits_schedule": args.schedule, "bits_sigma": sigma}
     return metrics
 
 

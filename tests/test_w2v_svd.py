@@ -670,6 +670,14 @@ def test_prose_is_docstrings_and_comments():
     assert found.split() == [b"one", b"thing", b"Two", b"lines.", b"end"]
 
 
+def test_a_files_prose_is_one_document(monkeypatch):
+    files = [b'"""Two\nlines."""\nx = y\n# end\n', b'"""Two"""\n']
+    monkeypatch.setattr(w, "load_text", lambda data, cache: files)
+    words, n, tokens, docs = w.load_data("python", "cache", 1, 9, torch.device("cpu"))
+    assert words == ["two", "lines", "end"] and tokens.tolist() == [0, 1, 2, 0]
+    assert docs[0] == docs[1] == docs[2] < docs[3]
+
+
 @given(st.lists(st.one_of(st.text(max_size=8), st.sampled_from(
     ["don\u2019t", "a\u00b2b", "\u0661\u0662", "\u0130x", "\u6f22\u5b57\u3001", "Z_9", "\x85", "\u2028", "\r", "\n"])),
     max_size=20), st.binary(max_size=4))
