@@ -19,6 +19,7 @@ Map     4122 似非而是        one_hot(ids) W = rows of W                     
              with softmax, at full rank (T4)                                         softmax_optimum
              with negative sampling, at full rank (T5, T6)                           sgns_optimum
              what SGNS weighs and SVD does not (T11)                                 sgns_weight
+             weights r_w r_c, which an SVD can have (T11)                            solve
              the window in expectation (T7), subsampling (T8)                        count, keep
              U s^p, and w + c (T9, T10)                                              vectors
         T1 to T11 number what is exactly true, and each has its tests: see README.md.
@@ -179,7 +180,8 @@ def sgns_optimum(n: Tensor, n_w: Tensor, P_c: Tensor, k: float, skip_hits: bool 
 def sgns_weight(n: Tensor, n_w: Tensor, P_c: Tensor, k: float) -> Tensor:
     """The curvature of SGNS' loss at its optimum, T11: 1 / (1/n + 1/(k n_w P_c)).
 
-    SVD weighs all cells alike; SGNS a cell by the rarer of pair and negative.
+    SGNS weighs a cell by the rarer of pair and negative, an SVD all cells alike; or by r_w r_c, if
+    it is taken of r_w r_c M_wc and divided by r again: `solve`, r = n_w^weight.
     """
     return 1 / (1 / n + 1 / (k * n_w * P_c))
 
@@ -326,29 +328,31 @@ def times(M: Tensor, X: Tensor) -> Tensor:
     return M @ X if M.is_cuda else torch.cat([M @ strip for strip in X.split(32, 1)], 1)
 
 
-def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 3, seed: int = 0,
-               after: Callable[[int], None] = lambda step: None) -> Factors:
+def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 30, seed: int = 0) -> Factors:
     """The best k of the SVD of M (m, n), dense or sparse, by a random block Krylov space; Mt is M'.
 
-    Musco and Musco 2015: the span of all of MX, (MM')MX, ..., (MM')^rounds MX, of which subspace
-    iteration keeps only the last; PMI's flat spectrum needs it. u (m, k), s (k,), v (n, k), signs
-    as in `signed`; the same bits for a seed. Raises ValueError unless 1 <= k <= min(m, n).
+    Musco and Musco 2015: the span of all of MX, (MM')MX, ..., (MM')^(rounds-1) MX, 3k columns, of
+    which subspace iteration keeps only the last. PMI's spectrum is flat: it needs many narrow
+    blocks, not few wide ones. u (m, k), s (k,), v (n, k), signs as in `signed`; the same bits for a
+    seed. Raises ValueError unless 1 <= k <= min(m, n).
     """
     m, n = M.shape
     if not 1 <= k <= min(m, n):
         raise ValueError(f"rank {k} of a matrix {m} x {n}")
-    X = torch.randn(n, min(k // 2 + 16, m, n), generator=generator("cpu", seed), dtype=M.dtype)
-    Q = torch.linalg.qr(times(M, X.to(M.device))).Q  # (m, width), wider with each round
-    Z = times(Mt, Q)
-    for step in range(rounds):
-        Y = times(M, Z[:, -X.shape[1]:])[:, :min(m, n) - Q.shape[1]]
+    width = max(16, -(-3 * k // rounds))
+    size = min(width * rounds, m, n)
+    g = generator("cpu", seed)
+    X, spare = (torch.randn(r, width, generator=g, dtype=M.dtype).to(M.device) for r in (n, m))
+    Q, Z = (torch.empty(rows, size, dtype=M.dtype, device=M.device) for rows in (m, n))
+    for a in range(0, size, width):
+        Y = (times(M, X) + 1e-20 * spare)[:, :size - a]  # goes on at random where M X is 0
         for _ in range(3):  # QR blows up the rounding noise that one pass leaves
-            Y = torch.linalg.qr(Y - Q @ (Q.mT @ Y)).Q
-        Q, Z = torch.cat([Q, Y], 1), torch.cat([Z, times(Mt, Y)], 1)
-        after(step + 1)
+            Y = torch.linalg.qr(Y - Q[:, :a] @ (Q[:, :a].mT @ Y)).Q
+        X = times(Mt, Y)
+        Q[:, a:a + width], Z[:, a:a + width] = Y, X
     P, R = torch.linalg.qr(Z)  # Q'M = R'P'
     a, s, bh = torch.linalg.svd(R.mT, full_matrices=False)
-    return signed((Q @ a)[:, :k], s[:k], (P @ bh.mT)[:, :k])
+    return signed(Q @ a[:, :k], s[:k], P @ bh[:k].mT)
 
 
 # ---- model: 4233's net N -> n -> N, trained by gradient ----
@@ -583,8 +587,8 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 
 CLOSED = ("ppmi", "linear-skipgram", "linear-cbow", "linear-autoencoder")
 MODELS = (*CLOSED, "skipgram", "cbow", "autoencoder")
-CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount p plus "
-          "negative shared_negatives lr epochs batch_size seed steps").split()  # for --resume
+CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount weight "
+          "p plus negative shared_negatives lr epochs batch_size seed steps").split()  # for --resume
 
 
 def load_data(data: str, cache: str, min_count: int, vocabulary: int,
@@ -631,18 +635,19 @@ def solve(tokens: Tensor, docs: Tensor, kept: Tensor, args: argparse.Namespace,
     times.append(time.perf_counter())
     if args.model == "ppmi":
         (i, j, n), P = cells, negatives_law(n_w, args.smoothing)
-        M, Mt = (sparse(i, j, pmi(n, n_w[a], P[b], args.shift, args.discount), V)
+        r = n_w.clamp(min=1) ** args.weight  # T11: a cell's error counts (r_i r_j)^2 times
+        M, Mt = (sparse(i, j, pmi(n, n_w[a], P[b], args.shift, args.discount) * r[i] * r[j], V)
                  for a, b in ((i, j), (j, i)))  # N is its own mirror: so M' has the same cells
         times.append(time.perf_counter())
-        factors = krylov_svd(M, Mt, min(args.dim, V), args.steps, seed=args.seed,
-                               after=lambda step: progress.show(step, step))
+        u, s, v = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)
+        factors = u / r[:, None].float(), s, v / r[:, None].float()
     else:
         N = dense(*cells, V)
         XX = N if args.model == "linear-skipgram" else bag_gram(tokens, docs, V, L) / L
         times.append(time.perf_counter())
         factors = linear_skipgram(N, min(args.dim, V)) if args.model == "linear-skipgram" else \
             linear_cbow(XX, N if args.model == "linear-cbow" else XX, min(args.dim, V))
-        progress.show(args.steps, args.steps)
+    progress.show(args.steps, args.steps)
     times.append(time.perf_counter())
     return factors, dict(zip(("count", "weigh", "factorise"), np.diff(times).tolist()))
 
@@ -849,7 +854,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         data=             ("python",  "text8"),
         model=            ("ppmi",    "ppmi"),
         loss=             ("negative", "negative"),
-        steps=            (3,         3),
+        steps=            (30,        30),
         batch_size=       (1024,      8192),
         dim=              (100,       300),
         window=           (5,         5),
@@ -859,6 +864,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         shift=            (1.0,       1.0),
         smoothing=        (0.75,      0.75),
         discount=         (1.0,       1.0),
+        weight=           (0.0,       0.0),
         p=                (0.5,       0.5),
         plus=             (False,     False),
         negative=         (5,         5),
@@ -883,6 +889,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--shift", at_least(1e-3), "k of the shift log k of ppmi")
     flag("--smoothing", at_least(0.0), "power of the counts in the law of negatives")
     flag("--discount", at_least(0.0), "weigh a pair seen n times by n / (n + discount), of ppmi")
+    flag("--weight", at_least(0.0), "a cell's error counts (n_w n_c)^(2 weight) times, of ppmi: 0 "
+         "is the plain SVD, 0.5 near to SGNS")
     flag("--p", at_least(0.0), "vectors are U s^p")
     flag("--plus", bool, "add the vectors of context words, w + c")
     flag("--negative", at_least(1), "k, negatives per pair")
