@@ -587,8 +587,8 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 
 CLOSED = ("ppmi", "linear-skipgram", "linear-cbow", "linear-autoencoder")
 MODELS = (*CLOSED, "skipgram", "cbow", "autoencoder")
-CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount weight p "
-          "plus negative shared_negatives lr epochs batch_size seed steps").split()  # for --resume
+CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount weight "
+          "p plus negative shared_negatives lr epochs batch_size seed steps").split()
 
 
 def load_data(data: str, cache: str, min_count: int, vocabulary: int,
