@@ -748,33 +748,25 @@ def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
     """The file `name` in `cache`, fetched once from the first of `urls` that answers.
 
-    It gets its name only when its digest (md5 or SHA-256) agrees: half a download never passes for
-    a whole one. Raises UserError, saying which file to put where.
+    digest: its SHA-256, or the beginning of it. Torch gives the file its name only when that
+    agrees: half a download never passes for a whole one. Raises UserError, saying which file to
+    put where; OSError for a full disk.
     """
-    def whole(file: Path) -> bool:
-        body = file.read_bytes()
-        return digest in (hashlib.md5(body).hexdigest(), hashlib.sha256(body).hexdigest())
-
     path = Path(cache).expanduser() / name
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         if path.exists():
             break
         try:
-            torch.hub.download_url_to_file(url, str(part))
-            if whole(part):
-                os.replace(part, path)
-        except (OSError, http.client.HTTPException) as error:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             print(f"{url}: {error}", file=sys.stderr)
-        finally:
-            part.unlink(missing_ok=True)
     if not path.exists():
         raise UserError(f"cannot download {name}: put the file from {urls[0]} at {path}")
-    if not whole(path):
-        raise UserError(f"{path}: damaged or not {name} (its digest is not {digest}); delete it")
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+        raise UserError(f"{path}: damaged, its SHA-256 does not begin with {digest}; delete it")
     return path
 # === end shared ===
 
@@ -984,16 +976,16 @@ def write_png(path: Path, image: Tensor) -> None:
 # === shared: images ===
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte",
        "t10k-labels-idx1-ubyte")
-NAMED = {  # where to get it, and the md5 of its four files
+NAMED = {  # where to get it, and how the SHA-256 of its four files begins
     "mnist": (["https://ossci-datasets.s3.amazonaws.com/mnist/",
                "https://storage.googleapis.com/cvdf-datasets/mnist/"],
-              ["f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
-               "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"]),
+              ["440fcabf73cc546fa21475e81ea37026", "3552534a0a558bbed6aed32b30c495cc",
+               "8d422c7b0a1c1c79245a5bcf07fe86e3", "f7ae60f92e00ec6debd23a6088c31dbd"]),
     "fashion-mnist": (["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"],
-                      ["8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-                       "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"])}
+                      ["3aede38d61863908ad78613f6a32ed27", "a04f17134ac03560a47e3764e11b92fc",
+                       "346e55b948d973a97e58d2351dde16a4", "67da17c76eaffca5446c3361aaab5c3c"])}
 CIFAR10 = ("cifar-10-binary.tar.gz", ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"],
-           "c32a1d4ab5d03f1284b67883e8d87530")
+           "c4a38c50a1bc5f3a1c5537f2155ab9d6")
 Images = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -1006,17 +998,19 @@ def load_images(data: str, size: int, cache: str, device: torch.device) -> Image
     """
     path = Path(data).expanduser()
     idx = [next((p for p in (path / f"{n}.gz", path / n) if p.exists()), None) for n in IDX]
+    if data in NAMED:
+        urls, digests = NAMED[data]
+        idx = [download(f"{data}/{n}.gz", [f"{url}{n}.gz" for url in urls], digest, cache)
+               for n, digest in zip(IDX, digests)]
+    elif data == "cifar10":
+        path = download(*CIFAR10, cache)
     try:
         if data == "faces":
             x, y, *test = draw_faces(50_000, size)
-        elif data in NAMED:
-            urls, sums = NAMED[data]
-            x, y, *test = [read_idx(download(f"{data}/{name}.gz", [f"{u}{name}.gz" for u in urls],
-                                             md5, cache)) for name, md5 in zip(IDX, sums)]
-        elif data == "cifar10" or path.name.endswith(".tar.gz"):
-            x, y, *test = read_cifar10(download(*CIFAR10, cache) if data == "cifar10" else path)
         elif all(idx):
             x, y, *test = map(read_idx, idx)
+        elif path.name.endswith(".tar.gz"):
+            x, y, *test = read_cifar10(path)
         elif path.is_dir():
             x, y, *test = read_pictures(path, size), None
         elif path.suffix == ".npy":

@@ -1013,33 +1013,25 @@ def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
     """The file `name` in `cache`, fetched once from the first of `urls` that answers.
 
-    It gets its name only when its digest (md5 or SHA-256) agrees: half a download never passes for
-    a whole one. Raises UserError, saying which file to put where.
+    digest: its SHA-256, or the beginning of it. Torch gives the file its name only when that
+    agrees: half a download never passes for a whole one. Raises UserError, saying which file to
+    put where; OSError for a full disk.
     """
-    def whole(file: Path) -> bool:
-        body = file.read_bytes()
-        return digest in (hashlib.md5(body).hexdigest(), hashlib.sha256(body).hexdigest())
-
     path = Path(cache).expanduser() / name
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         if path.exists():
             break
         try:
-            torch.hub.download_url_to_file(url, str(part))
-            if whole(part):
-                os.replace(part, path)
-        except (OSError, http.client.HTTPException) as error:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             print(f"{url}: {error}", file=sys.stderr)
-        finally:
-            part.unlink(missing_ok=True)
     if not path.exists():
         raise UserError(f"cannot download {name}: put the file from {urls[0]} at {path}")
-    if not whole(path):
-        raise UserError(f"{path}: damaged or not {name} (its digest is not {digest}); delete it")
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+        raise UserError(f"{path}: damaged, its SHA-256 does not begin with {digest}; delete it")
     return path
 # === end shared ===
 
@@ -1061,7 +1053,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
 
     Raises UserError for anything else, or where there is nothing to read.
     """
-    path = Path(data).expanduser()
+    path = download(*TEXTS[data], cache) if data in TEXTS else Path(data).expanduser()
     try:
         if data == "python":
             root = Path(sysconfig.get_path("stdlib"))
@@ -1070,15 +1062,13 @@ def load_text(data: str, cache: str) -> list[bytes]:
                                               "dist-packages"} & set(p.parts)]
             names.sort(key=lambda p: hashlib.md5(p.as_posix().encode()).digest())
             documents = [(root / p).read_bytes() for p in names]
+        elif path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                documents = [archive.read(name) for name in sorted(archive.namelist())]
         else:
-            path = download(*TEXTS[data], cache) if data in TEXTS else path
-            if path.suffix == ".zip":
-                with zipfile.ZipFile(path) as archive:
-                    documents = [archive.read(name) for name in sorted(archive.namelist())]
-            else:
-                kind = {".gz": gzip, ".bz2": bz2, ".xz": lzma}.get(path.suffix)
-                with (kind.open(path) if kind else open(path, "rb")) as file:
-                    documents = [file.read()]
+            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
+            with unpack(path, "rb") as file:
+                documents = [file.read()]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--data {data}: no such file, nor one of the names python, "
                         f"{', '.join(TEXTS)}") from None

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import http.client
 import io
 import json
 import math
@@ -720,29 +721,47 @@ def served(monkeypatch, files):
     """Instead of the network: urls end in a file's name; anything else is offline."""
     asked = []
 
-    def get(url, dst, **kw):
-        asked.append(url)
-        body = files.get(url.rpartition("/")[2])
+    class Answer(io.BytesIO):
+        def info(self):
+            return http.client.HTTPMessage()
+
+    def get(request):
+        asked.append(request.full_url)
+        body = files.get(request.full_url.rpartition("/")[2])
         if body is None:
             raise OSError("no network")
-        Path(dst).write_bytes(body)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", get)
+        return Answer(body)
+    monkeypatch.setattr(torch.hub, "urlopen", get)
     return asked
 
 
 def test_download_once_and_only_whole(monkeypatch):
     import hashlib
     body = b"data" * 99
-    md5, sha = hashlib.md5(body).hexdigest(), hashlib.sha256(body).hexdigest()
+    sha = hashlib.sha256(body).hexdigest()
     asked = served(monkeypatch, {"good.bin": body, "cut.bin": body[:-1]})
-    path = ddpm.download("d/x.bin", ["http://a/cut.bin", "http://b/good.bin"], md5, "cache")
+    path = ddpm.download("d/x.bin", ["http://a/cut.bin", "http://b/good.bin"], sha[:32], "cache")
     assert path == Path("cache/d/x.bin") and path.read_bytes() == body
     assert asked == ["http://a/cut.bin", "http://b/good.bin"]  # the cut one is not taken
     assert ddpm.download("d/x.bin", ["http://a/cut.bin"], sha, "cache") == path and len(asked) == 2
     assert [p.name for p in Path("cache/d").iterdir()] == ["x.bin"]
     path.write_bytes(b"broken")
     with pytest.raises(ddpm.UserError, match="delete it"):
-        ddpm.download("d/x.bin", ["http://b/good.bin"], md5, "cache")
+        ddpm.download("d/x.bin", ["http://b/good.bin"], sha[:32], "cache")
+    with pytest.raises(ddpm.UserError, match="put the file from http://a/cut.bin at cache/y.bin"):
+        ddpm.download("y.bin", ["http://a/cut.bin"], sha, "cache")
+    assert not list(Path("cache").glob("*.*"))
+
+
+def test_full_disk_during_a_download_stops_with_1(monkeypatch, capsys):
+    asked = []
+
+    def full(request):
+        asked.append(request)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch.hub, "urlopen", full)
+    refused(capsys, ["--data", "mnist", "--cache", "here", "--steps", "1"], "No space left", code=1)
+    assert len(asked) == 1 and not [p for p in Path("here").rglob("*") if p.is_file()]
 
 
 def test_named_sets_offline_say_which_file_to_put_where(monkeypatch, capsys):
@@ -751,7 +770,7 @@ def test_named_sets_offline_say_which_file_to_put_where(monkeypatch, capsys):
         assert ddpm.main(["--data", name, "--cache", "here", "--steps", "1", "--out", name]) == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
         assert "put the file from http" in err and "here" in err
-    assert not list(Path("here").rglob("*.part"))
+    assert not [p for p in Path("here").rglob("*") if p.is_file()]
 
 
 def test_mnist_by_name_from_the_cache(monkeypatch):
@@ -763,7 +782,7 @@ def test_mnist_by_name_from_the_cache(monkeypatch):
     for name in ddpm.IDX:
         raw = Path(f"d/{name}.gz").read_bytes()
         (folder / f"{name}.gz").write_bytes(raw)
-        sums.append(hashlib.md5(raw).hexdigest())
+        sums.append(hashlib.sha256(raw).hexdigest())
     asked = served(monkeypatch, {})
     monkeypatch.setitem(ddpm.NAMED, "mnist", (ddpm.NAMED["mnist"][0], sums))
     assert load("mnist")[0].shape == (6, 1, 28, 28) and not asked
