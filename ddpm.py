@@ -1007,10 +1007,10 @@ def load_images(data: str, size: int, cache: str, device: torch.device) -> Image
     try:
         if data == "faces":
             x, y, *test = draw_faces(50_000, size)
-        elif all(idx):
-            x, y, *test = map(read_idx, idx)
         elif path.name.endswith(".tar.gz"):
             x, y, *test = read_cifar10(path)
+        elif all(idx):
+            x, y, *test = map(read_idx, idx)
         elif path.is_dir():
             x, y, *test = read_pictures(path, size), None
         elif path.suffix == ".npy":
@@ -1018,42 +1018,38 @@ def load_images(data: str, size: int, cache: str, device: torch.device) -> Image
         else:
             raise UserError(f"--data {data}: no such folder, .tar.gz or .npy, nor one of the names "
                             f"faces, cifar10, {', '.join(NAMED)}")
-    except (OSError, EOFError, KeyError, ValueError, struct.error, tarfile.TarError,
+        if not test:
+            cut = len(x) - max(1, len(x) // 10)
+            parts = slice(cut), slice(cut, None)
+            x, y, *test = (v if v is None else v[part] for part in parts for v in (x, y))
+        x, y, x_test, y_test = (v if v is None else torch.as_tensor(v, device=device)
+                                for v in (x, y, *test))
+    except (OSError, EOFError, LookupError, TypeError, ValueError, tarfile.TarError,
             zlib.error) as error:
         raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
-    shape, held = tuple(x.shape), tuple(test[0].shape) if test else None
-    if x.dtype not in (torch.uint8, np.uint8) or len(shape) < 3 or 0 in shape + (held or ()) or \
-            shape[3:] not in ((), (1,), (3,)) or (held[1:] != shape[1:] if test else shape[0] < 2):
-        raise UserError(f"--data {data}: {x.dtype} {shape}, but pictures are two or more, uint8 "
-                        "(N, H, W) or (N, H, W, C) with C = 1 or 3")
-    if not test:
-        cut = len(x) - max(1, len(x) // 10)
-        x, test = x[:cut], [x[cut:], None if y is None else y[cut:]]
-        y = None if y is None else y[:cut]
-    x, x_test = map(torch.as_tensor, (x, test[0]))
+    good = x.dtype == torch.uint8 and (x.ndim == 3 or x.ndim == 4 and x.shape[3] in (1, 3))
+    if not good or x.shape[1:] != x_test.shape[1:] or 0 in (*x.shape, *x_test.shape):
+        raise UserError(f"--data {data}: {x.dtype} {tuple(x.shape)} and {tuple(x_test.shape)}, but "
+                        "pictures to train and to test on are uint8 (N, H, W), (N, H, W, 1 or 3)")
     x, x_test = (v[:, None] if v.ndim == 3 else v.permute(0, 3, 1, 2) for v in (x, x_test))
-    y, y_test = (None if v is None else torch.as_tensor(v).to(device) for v in (y, test[1]))
-    return x.to(device).contiguous(), x_test.to(device).contiguous(), y, y_test
+    return x.contiguous(), x_test.contiguous(), y, y_test
 
 
 def read_idx(path: Path) -> np.ndarray:
     """The bytes of an idx or idx.gz file, in its shape. Raises ValueError or OSError."""
-    raw = path.read_bytes()
-    raw = gzip.decompress(raw) if path.suffix == ".gz" else raw
-    magic, dims = struct.unpack(">HxB", raw[:4])
-    start = 4 + 4 * dims
-    if magic or raw[2] != 8:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        raw = bytearray(file.read())
+    if raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is no idx file of bytes")
-    return np.frombuffer(bytearray(raw), np.uint8, offset=start).reshape(
-        struct.unpack(f">{dims}I", raw[4:start]))
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape)
 
 
 def read_cifar10(path: Path) -> list[np.ndarray]:
     """CIFAR-10's binary archive, member by member, nothing extracted: x, y, x_test, y_test."""
     with tarfile.open(path, "r:gz") as tar:
         rows = {Path(m.name).stem: np.frombuffer(bytearray(tar.extractfile(m).read()), np.uint8)
-                .reshape(-1, 3073) for m in tar if m.name.endswith("_batch.bin")
-                or "data_batch_" in m.name}
+                .reshape(-1, 3073) for m in tar if m.isfile() and m.name.endswith(".bin")}
     train = np.concatenate([rows[f"data_batch_{k}"] for k in range(1, 6)])
     return [part for a in (train, rows["test_batch"]) for part in
             (a[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), a[:, 0])]
@@ -1069,20 +1065,18 @@ def read_pictures(folder: Path, size: int) -> np.ndarray:
 
     def read(file: Path) -> np.ndarray | None:
         try:
-            with Image.open(file) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("RGB")
-                return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
+            picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+            return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
 
     with ThreadPoolExecutor() as pool:
         pictures = list(pool.map(read, files))
     bad = [str(file) for file, picture in zip(files, pictures) if picture is None]
-    if bad:
-        print(f"{len(bad)} of {len(files)} pictures are damaged and left out: {', '.join(bad[:9])}"
-              f"{' ...' if len(bad) > 9 else ''}", file=sys.stderr)
     if len(bad) == len(files):
         raise UserError(f"{folder}: neither idx files, nor JPEG or PNG that can be read")
+    if bad:
+        print(f"{len(bad)} of {len(files)} pictures are damaged, left out:", *bad, file=sys.stderr)
     x = np.stack([picture for picture in pictures if picture is not None])
     return x[..., 0] if (x == x[..., :1]).all() else x
 
