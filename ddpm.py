@@ -38,7 +38,6 @@ Needs   torch, numpy (and Pillow for a folder of pictures)
 
 import argparse
 import copy
-import csv
 import errno
 import functools
 import gzip
@@ -891,8 +890,8 @@ class Progress:
 
     def __init__(self, out: Path, step: int, steps: int, unit: str, world: World):
         self.start, self.steps, self.unit, self.world = step, steps, unit, world
-        self.path, self.begin, self.last = out / "log.csv", time.perf_counter(), None
-        self.live = sys.stdout.isatty()
+        self.out, self.begin, self.live = out, time.perf_counter(), sys.stdout.isatty()
+        self.last = self.begin, step  # of the last line
 
     def note(self, text: str) -> None:
         """Prints a line of its own, on rank 0."""
@@ -909,38 +908,34 @@ class Progress:
 
     def due(self, step: int) -> bool:
         """Whether a line is due: at first, at last, and every 0.5 s (in a log: 10 s) between."""
-        now = time.perf_counter()
-        return self.last is None or step == self.steps or \
-            now - self.last[0] > (0.5 if self.live else 10)
+        wait = 0.5 if self.live else 10
+        return step in (self.start + 1, self.steps) or time.perf_counter() - self.last[0] > wait
 
     def show(self, step: int, items: int, **values: float) -> None:
         """Prints and logs a line; `items` seen in all give the rate. Raises as `check` does."""
-        now = time.perf_counter()
-        before, seen = self.last or (self.begin, items * self.start // step)
-        self.last = now, items
-        self.check(*map(torch.tensor, values.values()))
+        self.check(*values.values())
+        now, (before, since) = time.perf_counter(), self.last
+        self.last = now, step
         if self.world.rank:
             return
-        rate, elapsed = (items - seen) / (now - before), int(now - self.begin)
-        eta = int((self.steps - step) * elapsed / max(step - self.start, 1))
+        rate, elapsed = items / step * (step - since) / (now - before), int(now - self.begin)
+        eta = int((self.steps - step) * elapsed / (step - self.start))
         said = "  ".join(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4f}" for k, v in values.items())
         line = (f"step {step:0{len(str(self.steps))}}/{self.steps}  {said}  {rate:.0f} {self.unit}"
                 f"/s  elapsed {timedelta(seconds=elapsed)}  eta {timedelta(seconds=eta)}")
-        full = 20 * step // self.steps
-        print(f"\r\033[K[{'#' * full:20}] {line}" if self.live else line, flush=True,
-              end="\n" if step == self.steps or not self.live else "")
+        bar = f"\r\033[K[{'#' * (20 * step // self.steps):20}] " if self.live else ""
+        print(bar + line, end="\n" if step == self.steps or not self.live else "", flush=True)
         row = dict(step=step, items=items, rate=rate, elapsed=now - self.begin, **values)
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
+        with open(self.out / "log.csv", "a", newline="\r\n") as file:
             if not file.tell():
-                writer.writeheader()
-            writer.writerow(row)
+                print(*row, sep=",", file=file)
+            print(*row.values(), sep=",", file=file)
 
-    def check(self, *tensors: Tensor) -> None:
+    def check(self, *values: Tensor | float) -> None:
         """Raises FloatingPointError unless all are finite; asked before a checkpoint is saved."""
-        if not all(bool(t.isfinite().all()) for t in tensors):
+        if not all(torch.as_tensor(v).isfinite().all() for v in values):
             raise FloatingPointError("the loss or a weight is no longer finite; "
-                                     f"{self.path.parent}/ckpt.pt, if there, is from before")
+                                     f"{self.out}/ckpt.pt, if there, is from before")
 # === end shared ===
 
 
