@@ -1258,12 +1258,10 @@ class Progress:
 # === shared: png ===
 def grid(images: Tensor, columns: int) -> Tensor:
     """uint8 (N, C, H, W) -> (C, H', W'): rows of `columns`, white lines between, small enlarged."""
-    n, c, h, w = images.shape
-    rows, scale = -(-n // columns), max(1, 96 // max(h, w))
-    sheet = images.new_full((rows * columns, c, h + 1, w + 1), 255)
-    sheet[:n, :, :h, :w] = images
-    sheet = sheet.view(rows, columns, c, h + 1, w + 1).permute(2, 0, 3, 1, 4)
-    sheet = sheet.reshape(c, rows * (h + 1), columns * (w + 1))[:, :-1, :-1]
+    scale = max(1, 96 // max(images.shape[2:]))
+    sheet = F.pad(images, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=255)
+    sheet = sheet.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
+    sheet = sheet.flatten(3).flatten(1, 2)[:, :-1, :-1]
     return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
@@ -1274,8 +1272,8 @@ def write_png(path: Path, image: Tensor) -> None:
         raise ValueError(f"{c} channels: a PNG here has 1 or 3")
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + check
+        part = kind + body
+        return struct.pack(">I", len(body)) + part + struct.pack(">I", zlib.crc32(part))
 
     lines = F.pad(image.cpu().permute(1, 2, 0).reshape(h, c * w), (1, 0))  # each begins: filter 0
     head = struct.pack(">2I5B", w, h, 8, 2 if c == 3 else 0, 0, 0, 0)
