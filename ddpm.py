@@ -743,6 +743,22 @@ def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
 # === end shared ===
 
 
+# === shared: order ===
+@functools.lru_cache(maxsize=2)
+def epoch_order(total: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The permutation of (seed, epoch), int64 (total,)."""
+    return torch.randperm(total, generator=generator("cpu", seed, epoch, 9)).to(device)
+
+
+def batch_rows(total: int, step: int, batch: int, seed: int, device: torch.device) -> Tensor:
+    """Rows of step `step` = 0, 1, ...: the permutations of (seed, epoch) one after another, cut."""
+    first, last = step * batch, (step + 1) * batch
+    return torch.cat([epoch_order(total, seed, epoch, device)[max(0, first - epoch * total):
+                                                              last - epoch * total]
+                      for epoch in range(first // total, (last - 1) // total + 1)])
+# === end shared ===
+
+
 # === shared: download ===
 def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
     """The file `name` in `cache`, fetched once from the first of `urls` that answers.
@@ -1112,20 +1128,6 @@ def draw_faces(count: int, size: int) -> tuple[Tensor, Tensor]:
         paint(red, u, v - 0.40 + (0.8 * smile - 0.3) * (2 * u.square() - 0.06), 0.27, 0.065)
         rows.copy_(picture.mul_(255).round_())
     return pictures.permute(0, 2, 3, 1), attributes
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> Tensor:
-    """The permutation of (seed, epoch), int64 (count,)."""
-    return torch.randperm(count, generator=generator("cpu", seed, epoch, 9)).to(device)
-
-
-def batch_rows(count: int, step: int, batch: int, seed: int, device: torch.device) -> Tensor:
-    """Rows of step `step` = 0, 1, ...: the permutations of (seed, epoch) one after another, cut."""
-    first, last = step * batch, (step + 1) * batch
-    return torch.cat([epoch_order(count, seed, epoch, device)[max(0, first - epoch * count):
-                                                              last - epoch * count]
-                      for epoch in range(first // count, (last - 1) // count + 1)])
 # === end shared ===
 
 

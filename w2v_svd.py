@@ -651,20 +651,6 @@ def solve(tokens: Tensor, docs: Tensor, kept: Tensor, args: argparse.Namespace,
     return factors, dict(zip(("count", "weigh", "factorise"), np.diff(times).tolist()))
 
 
-@functools.lru_cache(maxsize=2)
-def block_order(blocks: int, seed: int, epoch: int, device: torch.device) -> Tensor:
-    return torch.randperm(blocks, generator=generator("cpu", seed, epoch, 9)).to(device)
-
-
-def blocks_of(step: int, blocks: int, batch: int, seed: int, device: torch.device) -> Tensor:
-    """`batch` blocks of step 0, 1, ...: permutations of (seed, epoch) one after another, cut."""
-    at = torch.arange(step * batch, (step + 1) * batch, device=device)
-    first = step * batch // blocks
-    orders = [block_order(blocks, seed, epoch, device)
-              for epoch in range(first, ((step + 1) * batch - 1) // blocks + 1)]
-    return torch.cat(orders)[at - first * blocks]
-
-
 def descend(tokens: Tensor, docs: Tensor, n: Tensor, kept: Tensor, state: dict | None,
             args: argparse.Namespace, world: "World", progress: "Progress") -> Word2Vec | None:
     """Trains the net by Adam until args.steps: the net, or None if a signal stopped it, saved."""
@@ -699,7 +685,7 @@ def descend(tokens: Tensor, docs: Tensor, n: Tensor, kept: Tensor, state: dict |
             draw = torch.rand(args.shared_negatives, generator=g, device=device).double()
             negatives = torch.searchsorted(law, draw * law[-1]).clamp(max=V - 1)
             reach = torch.randint(1, L + 1, (batch, SPAN), generator=g, device=device)
-            starts = blocks_of(step, blocks, batch, args.seed, device) * SPAN
+            starts = batch_rows(blocks, step, batch, args.seed, device) * SPAN
             reach, starts = world.mine(reach), world.mine(starts)
             reach = None if args.model == "skipgram" else reach
             lr = opt.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
@@ -1005,6 +991,22 @@ def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
             torch.distributed.destroy_process_group()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return code
+# === end shared ===
+
+
+# === shared: order ===
+@functools.lru_cache(maxsize=2)
+def epoch_order(total: int, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """The permutation of (seed, epoch), int64 (total,)."""
+    return torch.randperm(total, generator=generator("cpu", seed, epoch, 9)).to(device)
+
+
+def batch_rows(total: int, step: int, batch: int, seed: int, device: torch.device) -> Tensor:
+    """Rows of step `step` = 0, 1, ...: the permutations of (seed, epoch) one after another, cut."""
+    first, last = step * batch, (step + 1) * batch
+    return torch.cat([epoch_order(total, seed, epoch, device)[max(0, first - epoch * total):
+                                                              last - epoch * total]
+                      for epoch in range(first // total, (last - 1) // total + 1)])
 # === end shared ===
 
 

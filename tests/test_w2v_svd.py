@@ -901,12 +901,12 @@ def test_two_ranks_are_one(tmp_path):
 
 def test_blocks_of_an_epoch_are_all_blocks_once():
     device = torch.device("cpu")
-    seen = torch.cat([w.blocks_of(step, 7, 3, 5, device) for step in range(14)])
+    seen = torch.cat([w.batch_rows(7, step, 3, 5, device) for step in range(14)])
     for epoch in seen.split(7):
         assert sorted(epoch.tolist()) == list(range(7))
     assert Counter(seen[:7].tolist()) == Counter(range(7)) and not torch.equal(seen[:7], seen[7:14])
-    assert torch.equal(w.blocks_of(2, 2, 9, 5, device).sort().values, torch.tensor([0] * 4 + [1] * 5)) or \
-        sorted(w.blocks_of(2, 2, 9, 5, device).tolist()) in ([0] * 4 + [1] * 5, [0] * 5 + [1] * 4)
+    assert torch.equal(w.batch_rows(2, 2, 9, 5, device).sort().values, torch.tensor([0] * 4 + [1] * 5)) or \
+        sorted(w.batch_rows(2, 2, 9, 5, device).tolist()) in ([0] * 4 + [1] * 5, [0] * 5 + [1] * 4)
 
 
 @pytest.mark.parametrize("argv, line", [
