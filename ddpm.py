@@ -801,13 +801,10 @@ def at_least(low: float, below: float = math.inf) -> Callable[[str], float]:
 def add_flag(p: argparse.ArgumentParser, presets: dict[str, tuple], flag: str, kind,
              text: str) -> None:
     """Adds a flag whose default stands in `presets`: CPU, --gpu, --paper; the help shows them."""
-    def show(value) -> str:
-        return ",".join(map(str, value)) if isinstance(value, tuple) else \
-            ("off", "on")[value] if isinstance(value, bool) else str(value)
-
-    cpu, *rest = presets[flag[2:].replace("-", "_")]
-    said = [show(cpu)] + [f"{name} {show(value)}" for name, value in
-                          zip(("--gpu", "--paper"), rest) if value != cpu]
+    cpu, *rest = [",".join(map(str, value)) if isinstance(value, tuple) else
+                  ("off", "on")[value] if isinstance(value, bool) else str(value)
+                  for value in presets[flag[2:].replace("-", "_")]]
+    said = [cpu] + [f"{name} {v}" for name, v in zip(("--gpu", "--paper"), rest) if v != cpu]
     how = dict(action=argparse.BooleanOptionalAction) if kind is bool else \
         dict(choices=kind) if isinstance(kind, tuple) else \
         dict(type=kind, metavar="NAME_OR_PATH" if kind is str else "N")
