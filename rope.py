@@ -1015,8 +1015,16 @@ def save_checkpoint(path: Path, state: dict) -> None:
         part.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    """The state that `script` saved, on the CPU. Raises UserError for any other file."""
+def resume_run(args: argparse.Namespace, names: list[str], script: str) -> dict | None:
+    """With --resume the checkpoint in --out, on the CPU, else None; the `names` of its config
+    replace those of args.
+
+    Raises UserError for any file but one of `script`'s, whole, and if a flag given by hand
+    contradicts it; only --steps may change.
+    """
+    if not args.resume:
+        return None
+    path = Path(args.out) / "ckpt.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != script:
@@ -1025,17 +1033,6 @@ def load_checkpoint(path: Path, script: str) -> dict:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception:  # torch raises a dozen kinds
         raise UserError(f"{path}: not a checkpoint of {script}.py, or damaged") from None
-    return state
-
-
-def resume_run(args: argparse.Namespace, names: list[str], script: str) -> dict | None:
-    """The checkpoint with --resume, else None; the `names` of its config replace those of args.
-
-    Raises UserError if a flag given by hand contradicts it; only --steps may change.
-    """
-    if not args.resume:
-        return None
-    state = load_checkpoint(Path(args.out) / "ckpt.pt", script)
     for name in names:
         old, new = state["config"][name], getattr(args, name, None)
         if name not in args.given:
