@@ -1039,10 +1039,10 @@ def load_images(data: str, size: int, cache: str, device: torch.device) -> Image
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """The bytes of an idx or idx.gz file, in its shape. Raises ValueError or OSError."""
+    """The bytes of an idx or idx.gz file, in its shape. Raises ValueError, or as gzip does."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         raw = bytearray(file.read())
-    if raw[:3] != b"\0\0\x08":
+    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
         raise ValueError(f"{path} is no idx file of bytes")
     shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape)
