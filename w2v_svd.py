@@ -42,6 +42,7 @@ import argparse
 import bz2
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -988,6 +989,7 @@ def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> 
         code, line = 1, str(error).partition("\n")[0]
     finally:
         if torch.distributed.is_initialized():
+            gc.collect()  # the cycles of DDP keep the group alive: its threads would abort exit
             torch.distributed.destroy_process_group()
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return code
