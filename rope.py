@@ -324,9 +324,14 @@ class LanguageModel(nn.Module):
             self.register_buffer("theta_bits", theta.view(torch.int64))
         elif position == "general":  # RoPE's own B in a random basis of each head: dense
             Q = torch.linalg.qr(torch.randn(layers, heads, d, d, dtype=torch.float64)).Q
-            self.A = nn.Parameter((Q @ generator_matrix(thetas(d)) @ Q.mT / 2).float())
+            B = Q @ generator_matrix(thetas(d)) @ Q.mT
+            self.A = nn.Parameter((B / 2 * context**0.5).float())
         elif position == "learned":
             self.place = nn.Embedding(context, width)
+
+    def B(self) -> Tensor:
+        """The skew B of each head of a "general" model, 9403 (4): float64 (layers, H, d, d)."""
+        return skew(self.A.double()) / self.config["context"] ** 0.5  # or Adam turns nB by n lr
 
     def positions(self, first: int | Tensor, length: int) -> Tensor:
         """first, first + 1, ..., (L,); or (B, L) if there is a `first` for each row, (B,)."""
@@ -342,7 +347,7 @@ class LanguageModel(nn.Module):
             theta = ntk_thetas(self.theta_bits[layer].view(torch.float64), ntk)
             return rotary_table(n.double() / pi, theta, dtype)
         if self.position == "general":
-            B = skew(self.A[layer].double())
+            B = self.B()[layer]
             R = exp_powers(length, B)
             if not isinstance(first, int) or first:
                 R = exp_rotation(n[..., 0].double(), B)[..., None, :, :] @ R
@@ -419,11 +424,12 @@ def fold(net: LanguageModel) -> LanguageModel:
     """9403 (10): the plain "rope" model that computes what a "general" one does; same dtype."""
     heads, state = net.config["heads"], net.state_dict()
     theta = []
-    for i, A in enumerate(state.pop("A")):
+    del state["A"]
+    for i, B_i in enumerate(net.B()):
         name = f"layers.{i}.attention.qkv."
         weight, bias = (state[name + part].clone().unflatten(0, (3, heads, -1))
                         for part in ("weight", "bias"))  # (3, H, d, width), (3, H, d)
-        for h, B in enumerate(skew(A.double())):
+        for h, B in enumerate(B_i):
             P, theta_h = canonical(B)
             theta.append(theta_h)
             for part in (0, 1):  # q and k; v is not rotated
@@ -446,7 +452,7 @@ def completeness(net: LanguageModel, tokens: Tensor) -> tuple[LanguageModel, dic
     qkv = general.layers[0].attention.qkv(x).unflatten(-1, (3, net.config["heads"], -1))
     q, k, _ = qkv.permute(1, 2, 0, 3)  # (H, L, d) each
     return rope, {"logits": (want - got).abs().max().item(),
-                  "largest_logit": want.abs().max().item(), **limits(q, k, skew(general.A[0]))}
+                  "largest_logit": want.abs().max().item(), **limits(q, k, general.B()[0])}
 
 
 def limits(q: Tensor, k: Tensor, B: Tensor) -> dict[str, float]:
@@ -773,9 +779,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # flag         CPU        --gpu
     presets = dict(
         data=         ("python",  "python"),
-        steps=        (800,       5000),
+        steps=        (1000,      5000),
         batch_size=   (4,         64),
-        save_every=   (800,       1000),
+        save_every=   (1000,      1000),
         position=     ("general", "rope"),
         context=      (256,       512),
         width=        (128,       512),
