@@ -329,9 +329,10 @@ class LanguageModel(nn.Module):
         elif position == "learned":
             self.place = nn.Embedding(context, width)
 
-    def B(self) -> Tensor:
-        """The skew B of each head of a "general" model, 9403 (4): float64 (layers, H, d, d)."""
-        return skew(self.A.double()) / self.config["context"] ** 0.5  # or Adam turns nB by n lr
+    def B(self, layer: int) -> Tensor:
+        """The skew B of each head of a "general" model, 9403 (4): float64 (H, d, d)."""
+        scale = self.config["context"] ** -0.5  # departs: or a step of Adam turns nB by n lr
+        return skew(self.A[layer].double()) * scale
 
     def positions(self, first: int | Tensor, length: int) -> Tensor:
         """first, first + 1, ..., (L,); or (B, L) if there is a `first` for each row, (B,)."""
@@ -347,7 +348,7 @@ class LanguageModel(nn.Module):
             theta = ntk_thetas(self.theta_bits[layer].view(torch.float64), ntk)
             return rotary_table(n.double() / pi, theta, dtype)
         if self.position == "general":
-            B = self.B()[layer]
+            B = self.B(layer)
             R = exp_powers(length, B)
             if not isinstance(first, int) or first:
                 R = exp_rotation(n[..., 0].double(), B)[..., None, :, :] @ R
@@ -425,11 +426,11 @@ def fold(net: LanguageModel) -> LanguageModel:
     heads, state = net.config["heads"], net.state_dict()
     theta = []
     del state["A"]
-    for i, B_i in enumerate(net.B()):
+    for i in range(net.config["layers"]):
         name = f"layers.{i}.attention.qkv."
         weight, bias = (state[name + part].clone().unflatten(0, (3, heads, -1))
                         for part in ("weight", "bias"))  # (3, H, d, width), (3, H, d)
-        for h, B in enumerate(B_i):
+        for h, B in enumerate(net.B(i)):
             P, theta_h = canonical(B)
             theta.append(theta_h)
             for part in (0, 1):  # q and k; v is not rotated
@@ -452,7 +453,7 @@ def completeness(net: LanguageModel, tokens: Tensor) -> tuple[LanguageModel, dic
     qkv = general.layers[0].attention.qkv(x).unflatten(-1, (3, net.config["heads"], -1))
     q, k, _ = qkv.permute(1, 2, 0, 3)  # (H, L, d) each
     return rope, {"logits": (want - got).abs().max().item(),
-                  "largest_logit": want.abs().max().item(), **limits(q, k, general.B()[0])}
+                  "largest_logit": want.abs().max().item(), **limits(q, k, general.B(0))}
 
 
 def limits(q: Tensor, k: Tensor, B: Tensor) -> dict[str, float]:
