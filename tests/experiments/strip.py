@@ -1,0 +1,92 @@
+"""The front page's strip: a square of each script's picture, from what its last run has written.
+
+    python tests/experiments/strip.py    # after the three bare runs; writes docs/strip.png
+
+ddpm: the faces. rope: above, R_n = exp(nB) with a dense B that the run has learnt, n = 4 and 32;
+below, the same in the basis of 9403 (8): blocks of 2 x 2. w2v_svd: words with their neighbours.
+"""
+
+import argparse
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import ddpm  # noqa: E402
+import rope  # noqa: E402
+import w2v_svd  # noqa: E402
+
+SIDE = 393  # four faces of 96 pixels with white lines between
+
+
+def read_png(path: Path) -> Tensor:
+    """uint8 (C, H, W) of a PNG as `write_png` writes it."""
+    raw = path.read_bytes()
+    w, h, _, kind = struct.unpack(">2I2B", raw[16:26])
+    body = raw[raw.index(b"IDAT") + 4:raw.index(b"IEND") - 8]
+    lines = torch.frombuffer(bytearray(zlib.decompress(body)), dtype=torch.uint8).view(h, -1)
+    return lines[:, 1:].reshape(h, w, 3 if kind == 2 else 1).permute(2, 0, 1)
+
+
+def coloured(M: Tensor) -> Tensor:
+    """uint8 (3, H, W) of numbers in [-1, 1] (H, W): blue is -1, white 0, red 1."""
+    red, blue = torch.tensor([200, 40, 40]), torch.tensor([30, 90, 180])
+    end = torch.where(M[..., None] > 0, red, blue)
+    return (255 - M.abs().clamp(max=1)[..., None] * (255 - end)).byte().permute(2, 0, 1)
+
+
+def faces(out: Path) -> Tensor:
+    """The first 4 x 4 pictures of a run's samples."""
+    return read_png(out / "samples.png")[:, :SIDE, :SIDE]
+
+
+def blocks(out: Path) -> Tensor:
+    """9403 (2) and (9): two dense R_n of the first layer's first head above, their blocks below."""
+    state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    net = rope.LanguageModel(*(state["config"][k] for k in "position width layers heads context".split()))
+    net.load_state_dict(state["model"])
+    B = net.B(0)[0].detach()
+    P, _ = rope.canonical(B)
+    dense = rope.exp_rotation(torch.tensor([4.0, 32.0], dtype=torch.float64), B)  # (2, d, d)
+    tiles = torch.stack([coloured(R) for R in [*dense, *(P.mT @ dense @ P)]])  # (4, 3, d, d)
+    scale = (SIDE - 20) // 2 // tiles.shape[-1]
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = F.pad(F.pad(tiles, (1, 1, 1, 1), value=200), (3, 3, 3, 3), value=255)
+    return torch.cat([torch.cat([*pair], 2) for pair in tiles.split(2)], 1)
+
+
+def words(out: Path) -> Tensor:
+    """Some words of the run's vectors, each with its two nearest, in two directions."""
+    names, W = w2v_svd.read_vectors(out / "vectors.bin")
+    shown = [w for w in "file string thread server function month".split() if w in names]
+    chosen = torch.tensor([names.index(w) for w in shown or names[:6]])
+    near = torch.cat([chosen[:, None], w2v_svd.neighbours(W, chosen, 2)[1]], 1)  # (6, 3)
+    group = torch.arange(len(chosen))[:, None].expand(-1, 3).flatten()
+    rows, first = near.flatten().tolist(), {}
+    for k, row in enumerate(rows):
+        first.setdefault(row, k)
+    keep = list(first.values())
+    return w2v_svd.pca_picture(W[[rows[k] for k in keep]], [names[rows[k]] for k in keep], group[keep], SIDE)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p.add_argument("--out", type=Path, default=Path("out"), help="where the runs' folders are")
+    p.add_argument("--to", type=Path, default=ROOT / "docs/strip.png", help="the picture to write")
+    args = p.parse_args(argv)
+    squares = [faces(args.out / "ddpm"), blocks(args.out / "rope"), words(args.out / "w2v_svd")]
+    squares = [F.pad(s, (0, SIDE - s.shape[2], 0, SIDE - s.shape[1]), value=255) for s in squares]
+    frame = torch.full((3, SIDE, 12), 255, dtype=torch.uint8)
+    ddpm.write_png(args.to, torch.cat([x for s in squares for x in (s, frame)][:-1], 2))
+    print(args.to)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
