@@ -94,8 +94,9 @@ def test_sections_stand_in_the_house_order(script):
     assert re.findall(r"^## (.*)$", TEXTS[OWN[script]], re.M) == SECTIONS
     top = TEXTS[OWN[script]].partition("\n## ")[0]
     assert re.search(r"<img |!\[", top) and f"python {script}.py" in top, "a picture and the command come first"
-    assert all(f"https://kexue.fm/archives/{number[:4]}" in TEXTS[OWN[script]]
-               for number, _ in script_map(script) if re.match(r"\d{4} ", number)), "links to the posts"
+    doc = ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text("utf-8")))
+    posts = set(re.findall(r"archives/(\d{4})", doc)) | set(re.findall(r"^(?:Map)? +(\d{4}) ", doc, re.M))
+    assert posts and all(f"](https://kexue.fm/archives/{post})" in TEXTS[OWN[script]] for post in posts), posts
 
 
 @each_page
