@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy"]
+# ///
 """Word2Vec = SVD?  Which loss equals which SVD, stated as functions, proved and measured.
 
 Posts   SVD分解(三)：连Word2Vec都只不过是个SVD？     https://kexue.fm/archives/4233 (read 2026-11)
@@ -7,22 +11,24 @@ Posts   SVD分解(三)：连Word2Vec都只不过是个SVD？     https://kexue.f
         Their displays have no numbers: cited by section. 4233 leaves its question mark open.
 
 Map     4122 似非而是        one_hot(ids) W = rows of W                              lookup
-        4233 词向量=one hot  bag(ids) W = the sum of those rows                      lookup_sum
-        4208 等价性          M = A B;  M = M C D;  A = M C, B = D                    autoencoder
+        4208 等价性          M = A B, with least error                               truncated
+        4208 等价性          M = M C D;  A = M C, B = D: T1                          autoencoder
         4208 衍生新词        new words: large cells of A B where M has 0             new_words
         4208 激活函数        max(x, 0) throws away what cannot be a count            new_words, pmi
         4208, 4216           M = A P Q, three factors                                three_factors
         4216 怎么聚类的      p(b|a) = sum p(b|d) p(d|c) p(c|a)                       through_classes
+        4233 词向量=one hot  bag(ids) W = the sum of those rows                      lookup_sum
         4233 Word2Vec=SVD？  N -> n -> N: a sum of vectors, a dense layer, softmax   Word2Vec
-             without softmax, word -> context (T2)                                   linear_skipgram
-             without softmax, bag -> centre (T3); bag -> bag is the autoencoder      linear_cbow
-             with softmax, at full rank (T4)                                         softmax_optimum
-             with negative sampling, at full rank (T5, T6)                           sgns_optimum
-             what SGNS weighs and SVD does not (T11)                                 sgns_weight
-             weights r_w r_c, which an SVD can have (T11)                            solve
-             the window in expectation (T7), subsampling (T8)                        count, keep
-             U s^p, and w + c (T9, T10)                                              vectors
-        T1 to T11 number what is exactly true, and each has its tests: see README.md.
+             its windows, and their counts in expectation: T7                        windows, count
+             without softmax, word -> context: T2                                    linear_skipgram
+             without softmax, bag -> centre: T3                                      linear_cbow
+        beyond the posts: what the softmax makes of the matrix
+             with softmax, at full rank: T4                                          softmax_optimum
+             with negative sampling, at full rank: T5, T6                            sgns_optimum
+             of which an SVD can have no negative infinity: PMI, cut at 0             pmi
+             subsampling, in expectation: T8                                         keep, expected
+             U s^p, and w + c: T9, T10                                               vectors
+        T1 to T10 number what is exactly true; each has its tests: see docs/w2v_svd.md.
 Symbols V words, n dimensions; U (V, n) the input table, the post's word vectors, out (V, n) the
         output's; N[w, c] co-occurrences of word w and context c, n_w row sums of it; P[c] the law
         that negatives come from, k per pair (the shift is log k); L the window; M what is factored.
@@ -33,7 +39,7 @@ Run     python w2v_svd.py                              # CPU: the standard libra
         python w2v_svd.py --data text8 --eval wordsim353.tsv questions-words.txt
         python w2v_svd.py --gpu --data text8 --model skipgram
         torchrun --nproc_per_node=8 w2v_svd.py --gpu --data text8 --model cbow
-        python w2v_svd.py --query file string          # from out/w2v_svd/vectors.bin
+        python w2v_svd.py --query file string          # of the newest run's vectors.bin
         python w2v_svd.py --new-words dict.txt         # 4208's new words, from "word count" lines
 Needs   torch, numpy
 """
@@ -58,14 +64,14 @@ import struct
 import sys
 import sysconfig
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -83,11 +89,6 @@ Cells = tuple[Tensor, Tensor, Tensor]  # i, j, x (C,): a sparse matrix, by rows,
 def lookup(ids: Tensor, W: Tensor) -> Tensor:
     """4122 似非而是: one_hot(ids) @ W without the product: (..., n) from ids (...), W (V, n)."""
     return F.embedding(ids, W)
-
-
-def lookup_sum(ids: Tensor, W: Tensor) -> Tensor:
-    """4233 词向量=one hot: bag(ids) @ W without the product: (B, n) from ids (B, T), W (V, n)."""
-    return F.embedding_bag(ids, W, mode="sum")
 
 
 def truncated(M: Tensor, k: int) -> Factors:
@@ -116,6 +117,15 @@ def autoencoder(M: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return v, v.mT  # 4208: A = M C and B = D are then the SVD's u s and v'
 
 
+def new_words(M: Tensor, k: int, count: int) -> list[tuple[int, int, float]]:
+    """4208 衍生新词: row, column, value of the `count` largest cells of A B that are 0 in counts M."""
+    u, s, v = krylov_svd(M, M.mT, k)
+    AB = ((u * s) @ v.mT).clamp(min=0) * (M == 0)  # 4208 激活函数: max(x, 0)
+    value, cell = AB.flatten().topk(min(count, int((AB > 0).sum())))
+    row, column = cell // M.shape[1], cell % M.shape[1]
+    return list(zip(row.tolist(), column.tolist(), value.tolist()))
+
+
 def three_factors(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """4208, 4216: M = A P Q: A (m, k) classes of rows, P (k, k) a match, Q (k, n) of columns."""
     u, s, v = truncated(M, k)
@@ -127,13 +137,9 @@ def through_classes(c_a: Tensor, d_c: Tensor, b_d: Tensor) -> Tensor:
     return c_a @ d_c @ b_d
 
 
-def new_words(M: Tensor, k: int, count: int) -> list[tuple[int, int, float]]:
-    """4208 衍生新词: row, column, value of the `count` largest cells of A B that are 0 in counts M."""
-    u, s, v = krylov_svd(M, M.mT, k)
-    AB = ((u * s) @ v.mT).clamp(min=0) * (M == 0)  # 4208 激活函数: max(x, 0)
-    value, at = AB.flatten().topk(min(count, int((AB > 0).sum())))
-    return [(cell // M.shape[1], cell % M.shape[1], x)
-            for cell, x in zip(at.tolist(), value.tolist())]
+def lookup_sum(ids: Tensor, W: Tensor) -> Tensor:
+    """4233 词向量=one hot: bag(ids) @ W without the product: (B, n) from ids (B, T), W (V, n)."""
+    return F.embedding_bag(ids, W, mode="sum")
 
 
 def linear_skipgram(N: Tensor, k: int) -> Factors:
@@ -160,12 +166,20 @@ def linear_cbow(XX: Tensor, XY: Tensor, k: int) -> Factors:
     return half @ u, s, v
 
 
+# ---- beyond the posts: what the softmax makes of the matrix ----
+
 def softmax_optimum(N: Tensor) -> Tensor:
     """4233's difference 2 at full rank: softmax over contexts is least at log N_wc + const(w): T4.
 
     Rows here are log probabilities, -inf where there is no pair. N (V, V) counts.
     """
     return N.log() - N.sum(1, keepdim=True).log()
+
+
+def negatives_law(n_c: Tensor, power: float) -> Tensor:
+    """P (V,), float64: the law of negatives, counts n_c to a power (Mikolov et al. 2013: 0.75)."""
+    P = n_c.double() ** power
+    return P / P.sum()
 
 
 def sgns_optimum(n: Tensor, n_w: Tensor, P_c: Tensor, k: float, skip_hits: bool = False) -> Tensor:
@@ -177,26 +191,11 @@ def sgns_optimum(n: Tensor, n_w: Tensor, P_c: Tensor, k: float, skip_hits: bool 
     return (n / (k * (n_w - n if skip_hits else n_w) * P_c)).log()
 
 
-def sgns_weight(n: Tensor, n_w: Tensor, P_c: Tensor, k: float) -> Tensor:
-    """The curvature of SGNS' loss at its optimum, T11: 1 / (1/n + 1/(k n_w P_c)).
-
-    SGNS weighs a cell by the rarer of pair and negative, an SVD all cells alike; or by r_w r_c, if
-    it is taken of r_w r_c M_wc and divided by r again: `solve`, r = n_w^weight.
-    """
-    return 1 / (1 / n + 1 / (k * n_w * P_c))
-
-
-def negatives_law(n_c: Tensor, power: float) -> Tensor:
-    """P (V,), float64: the law of negatives, counts n_c to a power (Mikolov et al. 2013: 0.75)."""
-    P = n_c.double() ** power
-    return P / P.sum()
-
-
 def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0, discount: float = 0.0) -> Tensor:
     """Shifted positive PMI of counts n: max(0, log(n / (n_w P_c)) - log k), natural logs.
 
     P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less;
-    so does a rare pair by discount: times n / (n + discount), Pantel and Lin 2002; compare T11.
+    so does a rare pair by discount: times n / (n + discount), Pantel and Lin 2002.
     """
     x = sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
     return x * (n / (n + discount)) if discount else x
@@ -212,15 +211,15 @@ def vectors(left: Tensor, s: Tensor, right: Tensor, p: float, plus: bool = False
     return (left + right if plus else left) * s**p
 
 
-def keep(f: Tensor, t: float, kind: str = "code") -> Tensor:
+def keep(f: Tensor, t: float) -> Tensor:
     """Subsampling, T8: how probably a word of frequency f (share of all words) is kept, in [0, 1].
 
-    "paper": sqrt(t/f); "code" (word2vec.c, gensim): sqrt(t/f) + t/f, 1 up to f = 2.618 t; t = 0: 1.
+    word2vec.c's sqrt(t/f) + t/f, which is 1 up to f = 2.618 t; t = 0 keeps all.
     """
-    return ((t / f).sqrt() + t / f * (kind == "code")).clamp(max=1) if t else torch.ones_like(f)
+    return ((t / f).sqrt() + t / f).clamp(max=1) if t else torch.ones_like(f)
 
 
-# ---- counting: the window of 4233, in expectation ----
+# ---- counting: 4233's windows, in expectation ----
 
 def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
           top: int = 2048) -> Cells:
@@ -230,31 +229,32 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
     whole numbers, alike for any chunk. Windows end with documents. Pairs of the `top` words, most
     of all, add up in a dense square, the others are sorted. Raises ValueError if keys overflow.
     """
-    bits, F, keys, sums = L.bit_length(), min(V, top), [], []
+    bits, top = L.bit_length(), min(V, top)
     if V * V >= 1 << (63 - bits):  # the weight rides below the key: a plain sort does
         raise ValueError(f"{V} words: their pairs overflow int64")
-    square = torch.zeros(F * F, dtype=torch.int64, device=tokens.device)
+    square, parts = torch.zeros(top * top, dtype=torch.int64, device=tokens.device), []
     for s in range(0, len(tokens), chunk):
         rare = []
         for d in range(1, L + 1):
-            e = max(min(s + chunk, len(tokens) - d), s)
-            same = docs[s:e] == docs[s + d:e + d]
-            x, y = (t[same].long() for t in (tokens[s:e], tokens[s + d:e + d]))
-            x, y = torch.minimum(x, y), torch.maximum(x, y)
-            cell = (x * F + y)[y < F]
-            square.index_add_(0, cell, cell.new_full((1,), L - d + 1).expand(len(cell)))  # T7
-            rare.append((x * V + y << bits)[y >= F] + (L - d + 1))
+            x, y = pairs(tokens, docs, s, s + chunk, d)
+            weight, often = L - d + 1, y < top  # T7
+            cell = (x * top + y)[often]
+            square.index_add_(0, cell, torch.full_like(cell, weight))
+            rare.append((x * V + y << bits)[~often] + weight)
         key = sort(torch.cat(rare))
-        for all_of, new in zip((keys, sums), add_up(key >> bits, key & (1 << bits) - 1)):
-            all_of.append(new)
+        parts.append(add_up(key >> bits, key & (1 << bits) - 1))
     cell = square.nonzero()[:, 0]
-    keys, sums = torch.cat([cell // F * V + cell % F, *keys]), torch.cat([square[cell], *sums])
-    keys, order = arrange(keys)
-    keys, sums = add_up(keys, sums[order])
-    i, j = keys // V, keys % V  # the upper triangle; the lower one is its mirror
-    off = i != j
-    keys, order = arrange(torch.cat([keys, j[off] * V + i[off]]))
-    return keys // V, keys % V, torch.cat([torch.where(off, sums, 2 * sums), sums[off]])[order]
+    parts.append((cell // top * V + cell % top, square[cell]))
+    keys, order = arrange(torch.cat([keys for keys, _ in parts]))
+    return mirrored(*add_up(keys, torch.cat([sums for _, sums in parts])[order]), V)
+
+
+def pairs(tokens: Tensor, docs: Tensor, s: int, e: int, d: int) -> tuple[Tensor, Tensor]:
+    """The words x <= y, int64, of all pairs at distance d in one document, the first in s..e-1."""
+    e = max(min(e, len(tokens) - d), s)
+    together = docs[s:e] == docs[s + d:e + d]
+    x, y = (words[together].long() for words in (tokens[s:e], tokens[s + d:e + d]))
+    return torch.minimum(x, y), torch.maximum(x, y)
 
 
 def sort(keys: Tensor) -> Tensor:
@@ -279,11 +279,24 @@ def add_up(keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return keys[last], total.diff(prepend=total.new_zeros(1))
 
 
-def dense(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
-    """The (V, V) float64 matrix of cells; whole numbers stay exact up to 2^53."""
-    return torch.zeros(V, V, dtype=torch.float64, device=i.device).index_put_(
-        (i, j), x.double(), accumulate=True)
+def mirrored(keys: Tensor, x: Tensor, V: int) -> Cells:
+    """The cells of T + T' by rows; T has x at the sorted keys i V + j, i <= j."""
+    i, j = keys // V, keys % V
+    off = i != j
+    keys, order = arrange(torch.cat([keys, j[off] * V + i[off]]))
+    return keys // V, keys % V, torch.cat([torch.where(off, x, 2 * x), x[off]])[order]
 
+
+def expected(cells: Cells, L: int, kept: Tensor) -> Cells:
+    """`count`'s cells as expected numbers of pairs, float64: kept_w kept_c N_wc / L.
+
+    kept (V,): how probably a word survives subsampling; a dropped word leaves its gap (T8).
+    """
+    i, j, n = cells
+    return i, j, n.double() / L * kept[i] * kept[j]
+
+
+# ---- factorising ----
 
 def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
     """The (V, V) float32 CSR matrix of cells by rows, without those where x is 0."""
@@ -293,37 +306,10 @@ def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
     rows = F.pad(torch.bincount(i, minlength=V).cumsum(0), (1, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR a beta
-        return torch.sparse_csr_tensor(rows.to(kind), j.to(kind), x.float(), (V, V),
-                                       check_invariants=False)
+        return torch.sparse_csr_tensor(rows.to(kind), j.to(kind), x.float(), (V, V))
 
 
-def bag_gram(tokens: Tensor, docs: Tensor, V: int, L: int) -> Tensor:
-    """L X'X (V, V) float64 of the bags around all places, windows in expectation: T3's XX."""
-    C = torch.zeros(V * V, dtype=torch.float64, device=tokens.device)
-    for a, b in itertools.combinations_with_replacement([d for d in range(-L, L + 1) if d], 2):
-        lo, hi = min(a, 0), max(b, 0)  # both places and the centre, 0, are in one document
-        size = max(len(tokens) - hi + lo, 0)
-        same = docs[:size] == docs[hi - lo:][:size]
-        x, y = (tokens[d - lo:][:size][same].long() for d in (a, b))
-        both = torch.bincount(x * V + y, minlength=V * V)  # reached when the farther one is
-        C.add_(both, alpha=(L + 1 - max(abs(a), abs(b))) * (0.5 if a == b else 1))
-    return C.view(V, V) + C.view(V, V).T
-
-
-def expected(cells: Cells, L: int, kept: Tensor) -> tuple[Cells, Tensor]:
-    """Cells with float64 expected numbers of pairs, and their row sums n_w (V,).
-
-    kept (V,): how probably a word survives subsampling; a dropped word leaves its gap (T8), so
-    the count is kept_w kept_c N_wc / L.
-    """
-    i, j, n = cells
-    n = n.double() / L * kept[i] * kept[j]
-    return (i, j, n), torch.zeros_like(kept).index_add_(0, i, n)
-
-
-# ---- factorising ----
-
-def times(M: Tensor, X: Tensor) -> Tensor:
+def product(M: Tensor, X: Tensor) -> Tensor:
     """M X, X (n, width); on the CPU in strips of 32, so that a sparse M finds X in the cache."""
     return M @ X if M.is_cuda else torch.cat([M @ strip for strip in X.split(32, 1)], 1)
 
@@ -345,10 +331,10 @@ def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 30, seed: int = 0) -
     X, spare = (torch.randn(r, width, generator=g, dtype=M.dtype).to(M.device) for r in (n, m))
     Q, Z = (torch.empty(rows, size, dtype=M.dtype, device=M.device) for rows in (m, n))
     for a in range(0, size, width):
-        Y = (times(M, X) + 1e-20 * spare)[:, :size - a]  # goes on at random where M X is 0
+        Y = (product(M, X) + 1e-20 * spare)[:, :size - a]  # goes on at random where M X is 0
         for _ in range(3):  # QR blows up the rounding noise that one pass leaves
             Y = torch.linalg.qr(Y - Q[:, :a] @ (Q[:, :a].mT @ Y)).Q
-        X = times(Mt, Y)
+        X = product(Mt, Y)
         Q[:, a:a + width], Z[:, a:a + width] = Y, X
     P, R = torch.linalg.qr(Z)  # Q'M = R'P'
     a, s, bh = torch.linalg.svd(R.mT, full_matrices=False)
@@ -370,27 +356,27 @@ class Word2Vec(nn.Module):
     def __init__(self, V: int, n: int, model: str = "skipgram", loss: str = "negative"):
         super().__init__()
         self.model, self.loss = model, loss
-        self.U = nn.Embedding.from_pretrained((torch.rand(V, n) - 0.5) / n, freeze=False)
-        self.out = nn.Embedding.from_pretrained(torch.zeros(V, n), freeze=False)
+        self.U = nn.Parameter((torch.rand(V, n) - 0.5) / n)
+        self.out = nn.Parameter(torch.zeros(V, n))
 
     def forward(self, centre: Tensor, near: Tensor, weight: Tensor, negatives: Tensor,
                 k: int) -> tuple[Tensor, Tensor]:
         """Summed loss and number of pairs of `windows`; negatives (K,) stand for k per pair."""
         if self.model == "skipgram":
-            h = self.U(centre)  # (B, S, n), 4122
+            h = lookup(centre, self.U)  # (B, S, n), 4122
         else:
-            h = weight @ self.U(near)  # (B, S, n), 4233 词向量=one hot: the sum over the bag
+            h = weight @ lookup(near, self.U)  # (B, S, n), 4233 词向量=one hot: summed over the bag
         if self.model == "cbow":  # 4233's difference 1: the target is the centre
-            x = (h * self.out(centre)).sum(-1, keepdim=True)
+            x = (h * lookup(centre, self.out)).sum(-1, keepdim=True)
             weight = (weight.sum(-1, keepdim=True) > 0).float()
         else:
-            x = h @ self.out(near).mT  # (B, S, S + 2L): all pairs of a block at once
+            x = h @ lookup(near, self.out).mT  # (B, S, S + 2L): all pairs of a block at once
         mass = weight.sum(-1)  # (B, S)
         if self.loss == "softmax":  # 4233's difference 2
-            y = (h @ self.out.weight.mT).float()  # (B, S, V)
+            y = (h @ self.out.mT).float()  # (B, S, V)
             value = (mass * y.logsumexp(-1)).sum() - (weight * x.float()).sum()
         else:
-            y = (h @ self.out(negatives).mT).float()  # (B, S, K), one draw for the whole batch
+            y = (h @ lookup(negatives, self.out).mT).float()  # (B, S, K), one draw for the batch
             value = -(weight * F.logsigmoid(x.float())).sum() \
                 + k / len(negatives) * (mass * F.softplus(y).sum(-1)).sum()
         return value, mass.sum()
@@ -420,10 +406,32 @@ def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int, reach: Tensor 
 
 # ---- evaluation ----
 
+def fold(text: str) -> str:
+    """One spelling, for text, evaluation and lookup: lower case, composed as Unicode's NFC."""
+    return unicodedata.normalize("NFC", text.lower())
+
+
+def finder(words: list[str]) -> Callable[[str], int]:
+    """The number of a word: as it is spelt, else the first one that `fold` makes alike, else -1."""
+    spelt, folded = {}, {}
+    for k, word in enumerate(words):
+        spelt.setdefault(word, k)
+        folded.setdefault(fold(word), k)
+    return lambda word: spelt.get(word, folded.get(fold(word), -1))
+
+
+def neighbours(W: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Cosines and numbers (B, count) of rows of W (V, n) nearest to rows ids (B,), not these."""
+    W = F.normalize(W.float(), dim=1)
+    ids = ids.to(W.device)
+    cosine = (W[ids] @ W.mT).scatter_(1, ids[:, None], -math.inf)
+    return cosine.topk(min(count, len(W) - 1))
+
+
 def ranks(x: Tensor) -> Tensor:
     """Ranks 1..N of x (N,), float64; ties share the mean of theirs."""
-    _, which, times = x.unique(return_inverse=True, return_counts=True)
-    return (times.cumsum(0) - (times - 1) / 2).double()[which]
+    _, which, ties = x.unique(return_inverse=True, return_counts=True)
+    return (ties.cumsum(0) - (ties - 1) / 2).double()[which]
 
 
 def spearman(x: Tensor, y: Tensor) -> float:
@@ -431,93 +439,71 @@ def spearman(x: Tensor, y: Tensor) -> float:
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
 
 
-@torch.no_grad()
-def analogies(W: Tensor, questions: Tensor, mul: bool = False) -> Tensor:
-    """The answers (Q,) to a : b = c : ?, questions (Q, 3), among all rows of W but a, b and c.
-
-    3CosAdd b - a + c, or with mul 3CosMul (Levy and Goldberg 2014), cosines moved to [0, 1].
-    """
+def analogies(W: Tensor, questions: Tensor) -> Tensor:
+    """The answers (Q,) to a : b = c : ?, questions (Q, 3): rows nearest to b - a + c (3CosAdd)."""
     W, answers = F.normalize(W.float(), dim=1), []
-    for q in questions.split(512):
-        a, b, c = W[q.T]  # (512, n) each
-        if mul:
-            a, b, c = ((v @ W.mT + 1) / 2 for v in (a, b, c))
-            score = b * c / (a + 1e-3)
-        else:
-            score = (b - a + c) @ W.mT  # (512, V)
-        answers.append(score.scatter_(1, q, -math.inf).argmax(1))
+    for q in questions.split(max(1, (1 << 24) // len(W))):  # 64 MiB of scores at once
+        a, b, c = W[q.T]  # (Q', n) each
+        cosine = (b - a + c) @ W.mT  # (Q', V)
+        answers.append(cosine.scatter_(1, q, -math.inf).argmax(1))  # but not a, b, c themselves
     return torch.cat(answers)
 
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text that are not blank. Raises UserError for any other file."""
     try:
-        return [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text in UTF-8") from None
 
 
+def read_questions(path: Path) -> list[tuple[list[str], str | float]]:
+    """Two words and a score, a line each; or four, "a b c d", and the ": part" they stand in.
+
+    Columns stand apart by tabs, semicolons, commas or blanks. Raises UserError for other files.
+    """
+    rows, part = [], ""
+    for k, line in enumerate(line for line in read_lines(path) if line[0] != "#"):
+        apart = next((c for c in "\t;," if c in line), None)  # None: blanks
+        words = [word.strip() for word in line.strip().split(apart)]
+        if line[0] == ":":
+            part = line
+        elif part and len(words) == 4:
+            rows.append((words, part))
+        elif not part and len(words) > 2 and re.fullmatch(NUMBER, words[2]):
+            rows.append((words[:2], float(words[2])))
+        elif k:  # the first may be a headline
+            raise UserError(f"--eval {path}: neither two words and a score, nor four words in a "
+                            f"\": part\": {line[:60]}")
+    if len({len(words) for words, _ in rows}) != 1:
+        raise UserError(f"--eval {path}: no pairs with scores, no analogies, or both")
+    return rows
+
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.A)
+
+
 def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
-    """Scores of W (V, n) on a file: lines "word word score", or analogies "a b c d" in ": parts".
+    """Scores of W (V, n) on a file of `read_questions`: spearman, or the share of right answers.
 
     Lines with a word that is not in `words` are left out, and counted: `asked` of `of`. Raises
-    UserError for any other file, and where no line is left.
+    UserError where no line is left.
     """
-    number, part, pairs, questions = {w: i for i, w in enumerate(words)}, "", [], {}
-    rows = [re.split(r"[\t,; ]+", line.strip().lower())
-            for line in read_lines(path) if line[0] != "#"]
-    for k, row in enumerate(rows):
-        if row[0].startswith(":"):
-            part = " ".join(row)[1:].strip()
-        elif len(row) == 4 and part:
-            questions.setdefault(part, []).append([number.get(w, -1) for w in row])
-        elif len(row) >= 3 and re.fullmatch(r"-?\d+(\.\d+)?", row[2]):
-            pairs.append([number.get(row[0], -1), number.get(row[1], -1), float(row[2])])
-        elif k:  # the first may be a headline
-            raise UserError(f"--eval {path}: neither a pair with a score, nor a question: "
-                            f"{' '.join(row)[:60]}")
-    asked = {part: [row for row in of if min(row[:4]) >= 0]
-             for part, of in (questions or {"": pairs}).items()}
-    total = sum(map(len, asked.values()))
-    if not total or pairs and questions:
+    find, rows = finder(words), read_questions(path)
+    asked = [(ids, mark) for line, mark in rows if min(ids := [find(w) for w in line]) >= 0]
+    if not asked:
         raise UserError(f"--eval {path}: no line of it can be asked of these {len(words):,} words")
-    scores = dict(asked=total, of=sum(map(len, questions.values())) or len(pairs))
-    if pairs:
-        a, b, score = torch.tensor(asked[""], dtype=torch.float64, device=W.device).T
-        a, b = (F.normalize(W[ids.long()].double(), dim=1) for ids in (a, b))
-        return scores | {"spearman": spearman((a * b).sum(1), score)}
-    q = torch.tensor(sum(asked.values(), []), device=W.device)
-    for name, mul in (("add", False), ("mul", True)):
-        right = (analogies(W, q[:, :3], mul) == q[:, 3]).float()
-        scores[name] = right.mean().item()
-        for part, those in zip(asked, right.split([len(v) for v in asked.values()])):
-            scores[f"{name} {part}"] = those.mean().item() if len(those) else math.nan
+    ids, marks = torch.tensor([ids for ids, _ in asked], device=W.device), [m for _, m in asked]
+    scores = dict(asked=len(asked), of=len(rows))
+    if ids.shape[1] == 2:
+        a, b = F.normalize(W[ids.T].double(), dim=2)
+        return scores | {"spearman": spearman((a * b).sum(1), torch.tensor(marks).to(W.device))}
+    right = (analogies(W, ids[:, :3]) == ids[:, 3]).double().cpu()
+    scores["right"] = right.mean().item()
+    for part in dict.fromkeys(part for _, part in rows):
+        here = torch.tensor([mark == part for mark in marks])
+        scores[part] = right[here].mean().item()  # nan where none can be asked
     return scores
-
-
-def neighbours(W: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Cosines and numbers (B, count) of rows of W (V, n) nearest to rows ids (B,), not these."""
-    W = F.normalize(W.float(), dim=1)
-    cosine = (W[ids] @ W.mT).scatter_(1, ids[:, None], -math.inf)
-    return cosine.topk(min(count, len(W) - 1))
-
-
-@torch.no_grad()
-def sgns_objective(cells: Cells, n_w: Tensor, U: Tensor, out: Tensor, P: Tensor, k: int,
-                   bias: float = 0.0) -> float:
-    """SGNS' expected objective per pair at x = U out' + bias, over all V^2 cells, `expected` n.
-
-    sum_wc n log s(x) + k n_w P_c log s(-x), divided by sum n.
-    """
-    i, j, n = cells
-    total, ends = torch.zeros((), dtype=torch.float64, device=n.device), \
-        F.pad(torch.bincount(i, minlength=len(P)).cumsum(0), (1, 0))
-    for rows in torch.arange(len(P), device=n.device).split(max(1, (1 << 26) // len(P))):
-        x = U[rows] @ out.mT + bias
-        here = slice(ends[rows[0]], ends[rows[-1] + 1])
-        total -= k * n_w[rows] @ (F.softplus(x).double() @ P)
-        total += (n[here] * F.logsigmoid(x[i[here] - rows[0], j[here]])).sum()
-    return (total / n.sum()).item()
 
 
 GLYPHS = dict(zip("abcdefghijklmnopqrstuvwxyz", (  # rows of 3 dots, in octal
@@ -551,448 +537,437 @@ def pca_picture(W: Tensor, labels: list[str], group: Tensor, size: int = 900) ->
 
 def write_vectors(path: Path, words: list[str], W: Tensor) -> None:
     """word2vec's own formats, V and n, then each word and its row: binary, or text for a .txt."""
-    W = W.float().cpu().numpy()
-    with open(path, "wb") as file:
-        file.write(b"%d %d\n" % W.shape)
-        for word, row in zip(words, W):
-            body = b" ".join(b"%.6g" % x for x in row) if path.suffix == ".txt" else row.tobytes()
-            file.write(word.encode() + b" " + body + b"\n")
+    rows, body = W.float().cpu().numpy(), io.BytesIO(b"")
+    body.write(b"%d %d\n" % rows.shape)
+    for word, row in zip(words, rows):
+        numbers = b" ".join(b"%.6g" % x for x in row) if path.suffix == ".txt" else row.tobytes()
+        body.write(word.encode() + b" " + numbers + b"\n")
+    put(path, body.getbuffer())
 
 
 def read_vectors(path: Path) -> tuple[list[str], Tensor]:
-    """What `write_vectors` or word2vec wrote: words, and their rows (V, n). Raises UserError."""
-    body, words = path.read_bytes(), []
+    """Words and their rows (V, n), from either of word2vec's formats; raises UserError for others.
+
+    A text is told by its first row, whatever the file is called: n numbers after the word.
+    """
+    head, _, body = path.read_bytes().partition(b"\n")
     try:
-        at = body.index(b"\n") + 1
-        V, n = map(int, body[:at].split())
-        W = np.empty((V, n), np.float32)
-        for k in range(V):
-            end = body.index(b" ", at)
-            words.append(body[at:end].lstrip(b"\n").decode())
-            at = end + 1
-            if path.suffix == ".txt":
-                end = body.index(b"\n", at)
-                W[k] = np.array(body[at:end].split(), np.float32)
-                at = end
-            else:
-                W[k] = np.frombuffer(body, np.float32, n, at)
-                at += 4 * n
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path}: not a whole file of word vectors in word2vec's formats, .txt for "
-                        "text") from None
+        V, n = map(int, head.split())
+        if not 0 < 2 * V * n <= len(body) or n < 1:
+            raise ValueError  # a headline that lies
+        words, W = [], np.full((V, n), np.nan, np.float32)
+        rows = text_rows(body) if is_text(body, n) else binary_rows(body, n)
+        for k, (word, row) in enumerate(itertools.islice(rows, V)):
+            words.append(word.decode("utf-8", "replace"))
+            W[k] = row if len(row) == n else np.nan
+        if not np.isfinite(W).all():
+            raise ValueError  # also where rows are missing
+    except ValueError:
+        raise UserError(f"{path}: not a whole file of word vectors in word2vec's formats, which "
+                        "begin with how many words and how many numbers a word") from None
     return words, torch.from_numpy(W)
 
 
+def is_text(body: bytes, n: int) -> bool:
+    """Whether the first line is a word and n numbers."""
+    try:
+        return len(next(text_rows(body))[1]) == n
+    except ValueError:
+        return False
+
+
+def text_rows(body: bytes) -> Iterator[tuple[bytes, np.ndarray]]:
+    """A word and its numbers, a line each. Raises ValueError if they are none."""
+    for line in io.BytesIO(body):
+        word, *numbers = line.strip().split(b" ")
+        yield word, np.array(numbers, np.float32)
+
+
+def binary_rows(body: bytes, n: int) -> Iterator[tuple[bytes, np.ndarray]]:
+    """A word, a blank, n float32, and mostly a line end. Raises ValueError if there is no more."""
+    at = 0
+    while True:
+        end = body.index(b" ", at)
+        yield body[at:end].lstrip(b"\n"), np.frombuffer(body, "<f4", n, end + 1)
+        at = end + 1 + 4 * n
+
+
 # ---- training ----
+# Streams of random numbers: torch's own, seeded once with --seed, the net's first weights; key
+# (seed,) the beginning of krylov_svd; (seed, step) negatives and windows of a step of descend;
+# (seed, epoch, 9) the order of the text's blocks, in batch_rows.
 
-CLOSED = ("ppmi", "linear-skipgram", "linear-cbow", "linear-autoencoder")
-MODELS = (*CLOSED, "skipgram", "cbow", "autoencoder")
-CONFIG = ("data model loss dim window min_count vocabulary sample shift smoothing discount weight "
-          "p plus negative shared_negatives lr epochs batch_size seed steps").split()
+BY_SVD = ("ppmi", "linear-skipgram")
+MODELS = (*BY_SVD, "skipgram", "cbow", "autoencoder")
+Text = tuple[list[str], Tensor, Tensor, Tensor]  # words, their counts n (V,), tokens, docs (T,)
 
 
-def load_data(data: str, cache: str, min_count: int, vocabulary: int,
-              device: torch.device) -> tuple[list[str], Tensor, Tensor, Tensor]:
-    """Words by falling count, their counts (V,), tokens and docs (T,) int32, no rare words.
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be, before any work begins."""
+    if args.model in BY_SVD and RANKS > 1:
+        raise UserError(f"--model {args.model}: is solved at once, in one process")
+    if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
+        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {SPAN * RANKS}, "
+                        f"blocks of {SPAN} words on {RANKS} processes")
+    if args.sample and args.model in ("cbow", "autoencoder"):
+        raise UserError("--sample: pairs can be weighed by it, bags cannot")
+    if args.window > 1000:
+        raise UserError(f"--window {args.window}: at most 1000")
+    for path in args.eval:
+        read_questions(Path(path))
 
-    A word is a run of letters, in lower case. A line is a document; of `python` a file's
-    docstrings and comments are. Words of one count stand as they first come. Raises UserError.
+
+def load_data(args: argparse.Namespace, device: torch.device, state: dict | None) -> Text:
+    """Words by falling count, their counts, and all places where they are: no rare words.
+
+    A line is a document; of `python` a file's docstrings and comments are. Words of one count
+    stand as they first come. Raises UserError where there is nothing to learn.
     """
-    number, ids = defaultdict(), array("i")
-    number.default_factory = number.__len__
-    number["\n"], number[""]  # are 0, a document's end, and 1, between two blanks
-    for document in load_text(data, cache):
-        if data == "python":
-            document = b" ".join(map(b"".join, PROSE.findall(document))).replace(b"\n", b" ")
-        for line in document.split(b"\n"):
-            text = line.translate(ASCII).decode("utf-8", "replace").lower()
-            text = text if text.isascii() else OTHER.sub(" ", text)
-            ids.extend(map(number.__getitem__, text.split(" ")))
-            ids.append(0)
-    ids = torch.frombuffer(ids, dtype=torch.int32)
-    n = torch.bincount(ids)
-    n[:2] = 0
-    order = n.argsort(descending=True, stable=True)[:int((n >= min_count).sum())][:vocabulary]
+    names, ids = read_words(load_text(args.data, args.cache), args.data == "python")
+    n = torch.bincount(ids, minlength=len(names))
+    n[[k for k, name in enumerate(names) if not name[:1].isalpha()]] = 0
+    order = n.argsort(descending=True, stable=True)
+    order = order[:int((n >= args.min_count).sum())][:args.vocabulary]
     if len(order) < 2:
-        raise UserError(f"--data {data}: fewer than two words come {min_count} times or more")
+        raise UserError(f"--data {args.data}: fewer than two words come {args.min_count} times or "
+                        "more; see --min-count")
     new = torch.full((len(n),), -1, dtype=torch.int32)
     new[order] = torch.arange(len(order), dtype=torch.int32)
-    names, tokens, docs = list(number), new[ids], (ids == 0).cumsum(0, dtype=torch.int32)
-    return ([names[k] for k in order], n[order].to(device),
-            *(v[tokens >= 0].to(device) for v in (tokens, docs)))
+    tokens, docs = new[ids], (ids == 0).cumsum(0, dtype=torch.int32)
+    tokens, docs = tokens[tokens >= 0], docs[tokens >= 0]
+    if not (docs[1:] == docs[:-1]).any():
+        raise UserError(f"--data {args.data}: no line has two of its {len(order):,} words, and a "
+                        "window ends with its line")
+    if state and state.get("counts") != n[order].tolist():
+        raise UserError(f"--data {args.data}: is not the text that ckpt.pt was trained on")
+    return [names[k] for k in order], n[order].to(device), tokens.to(device), docs.to(device)
 
 
 ASCII = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256))  # no letter: a blank
-OTHER = re.compile(r"[^\x00-\x7f\w]|\d")  # what is no letter beyond ASCII
 PROSE = re.compile(rb'"""(.*?)"""|#([^\n]*\n)', re.S)
 
 
-def solve(tokens: Tensor, docs: Tensor, kept: Tensor, args: argparse.Namespace,
-          progress: "Progress") -> tuple[Factors, dict[str, float]]:
-    """left, s, right of a closed form, and the seconds of its parts."""
-    V, L, times = len(kept), args.window, [time.perf_counter()]
-    cells, n_w = expected(count(tokens, docs, V, L), L, kept)
-    times.append(time.perf_counter())
+def read_words(documents: list[bytes], prose: bool) -> tuple[list[str], Tensor]:
+    """Words as they first come, and the number of each place's, int32; 0 is a line's end.
+
+    A word is a run of letters, folded, with the marks on them; what cannot be seen is no part of
+    it. prose: of docstrings and comments alone, a document's in one line.
+    """
+    number, ids, letters = defaultdict(), array("i"), {}
+    number.default_factory = number.__len__
+    number["\n"], number[""]  # are 0, a document's end, and 1, between two blanks
+    for document in documents:
+        if prose:
+            document = b" ".join(map(b"".join, PROSE.findall(document))).replace(b"\n", b" ")
+        for line in document.split(b"\n"):
+            line = fold(line.translate(ASCII).decode("utf-8", "replace"))
+            if not line.isascii():
+                letters |= {c: letter(c) for c in set(map(ord, line)) - letters.keys()}
+                line = line.translate(letters)
+            ids.extend(map(number.__getitem__, line.split(" ")))
+            ids.append(0)
+    return list(number), torch.frombuffer(ids, dtype=torch.int32)
+
+
+def letter(c: int) -> int | None:
+    """c, if it is a letter or a mark on one; None, if it cannot be seen; else a blank."""
+    kind = unicodedata.category(chr(c))
+    if kind == "Cf" or 0xFE00 <= c <= 0xFE0F:
+        return None
+    return c if kind[0] == "L" or kind in ("Mn", "Mc") else 32
+
+
+def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, kept: Tensor) -> Factors:
+    """left, s, right: the SVD of what --model factors. Raises UserError if that is nothing."""
+    V, L = len(kept), args.window
+    i, j, n = expected(count(tokens, docs, V, L), L, kept)
+    n_w = torch.bincount(i, n, minlength=V)
     if args.model == "ppmi":
-        (i, j, n), P = cells, negatives_law(n_w, args.smoothing)
-        r = n_w.clamp(min=1) ** args.weight  # T11: a cell's error counts (r_i r_j)^2 times
-        M, Mt = (sparse(i, j, pmi(n, n_w[a], P[b], args.shift, args.discount) * r[i] * r[j], V)
-                 for a, b in ((i, j), (j, i)))  # N is its own mirror: so M' has the same cells
-        times.append(time.perf_counter())
-        u, s, v = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)
-        factors = u / r[:, None].float(), s, v / r[:, None].float()
+        P = negatives_law(n_w, args.smoothing)
+        x, xt = (pmi(n, n_w[w], P[c], args.shift, args.discount) for w, c in ((i, j), (j, i)))
     else:
-        N = dense(*cells, V)
-        XX = N if args.model == "linear-skipgram" else bag_gram(tokens, docs, V, L) / L
-        times.append(time.perf_counter())
-        factors = linear_skipgram(N, min(args.dim, V)) if args.model == "linear-skipgram" else \
-            linear_cbow(XX, N if args.model == "linear-cbow" else XX, min(args.dim, V))
-    progress.show(args.steps, args.steps)
-    times.append(time.perf_counter())
-    return factors, dict(zip(("count", "weigh", "factorise"), np.diff(times).tolist()))
+        d = n_w.clamp(min=1e-30).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
+        x, xt = n / d[i], n / d[j]
+    if not (x.isfinite().all() and x.any()):
+        raise UserError(f"--shift {args.shift} --smoothing {args.smoothing}: leave no numbers")
+    M, Mt = sparse(i, j, x, V), sparse(i, j, xt, V)  # N is its own mirror: M' has the same cells
+    left, s, right = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)
+    return left if args.model == "ppmi" else left / d[:, None].float(), s, right
 
 
-def descend(tokens: Tensor, docs: Tensor, n: Tensor, kept: Tensor, state: dict | None,
-            args: argparse.Namespace, world: "World", progress: "Progress") -> Word2Vec | None:
-    """Trains the net by Adam until args.steps: the net, or None if a signal stopped it, saved."""
-    device, out, V, L = world.device, Path(args.out), len(n), args.window
+def build(args: argparse.Namespace, V: int, device: torch.device) -> tuple[Word2Vec, dict]:
+    """The net of V words that the flags describe, and the parts that a checkpoint keeps."""
     torch.manual_seed(args.seed)
     net = Word2Vec(V, args.dim, args.model, args.loss).to(device)
-    opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)
-    step = 0
-    if state:
-        net.load_state_dict(state["model"])
-        opt.load_state_dict(state["opt"])
-        step = state["step"]
-    wrapped = torch.compile(net) if args.compile else net
-    if world.size > 1:
-        wrapped = nn.parallel.DistributedDataParallel(wrapped)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.gpu and not args.fp32)
-    progress.headline(args, sum(p.numel() for p in net.parameters()))
+    if args.compile:
+        net.compile()
+    return net, dict(model=net, opt=torch.optim.Adam(net.parameters(), lr=args.lr, fused=True))
+
+
+def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, kept: Tensor,
+            state: dict | None, progress: "Progress") -> Word2Vec:
+    """The net, trained by Adam until args.steps; the rate falls to zero."""
+    device, V, L = tokens.device, len(n), args.window
+    net, parts = build(args, V, device)
+    first, opt = restore(state, parts), parts["opt"]
+    wrapped = nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
     law = negatives_law(n, args.smoothing).cumsum(0)
-    batch, blocks = args.batch_size // SPAN, -(-len(tokens) // SPAN)
-    total, value = torch.zeros(2, device=device), torch.zeros(())
+    batch, blocks, counts = args.batch_size // SPAN, -(-len(tokens) // SPAN), n.tolist()
 
-    def save() -> None:
-        progress.check(value, *net.parameters())
-        if world.rank == 0:
-            save_checkpoint(out / "ckpt.pt", dict(
-                script="w2v_svd", step=step, config={name: getattr(args, name) for name in CONFIG},
-                model=net.state_dict(), opt=opt.state_dict()))
+    def save(step: int, end: bool) -> None:
+        save_checkpoint(args, step, parts, counts=counts)
 
-    with stop_signals(world) as stopped:
-        while step < args.steps and not stopped():
-            g = generator(device, args.seed, step)
-            draw = torch.rand(args.shared_negatives, generator=g, device=device).double()
-            negatives = torch.searchsorted(law, draw * law[-1]).clamp(max=V - 1)
-            reach = torch.randint(1, L + 1, (batch, SPAN), generator=g, device=device)
-            starts = batch_rows(blocks, step, batch, args.seed, device) * SPAN
-            reach, starts = world.mine(reach), world.mine(starts)
-            reach = None if args.model == "skipgram" else reach
-            lr = opt.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-            with autocast:
-                value, mass = wrapped(*windows(tokens, docs, starts, L, reach, kept), negatives,
-                                      args.negative)
-            (value * (world.size / args.batch_size)).backward()
-            opt.step()
-            opt.zero_grad()
-            total += torch.stack([value.detach(), mass])
-            step += 1
-            if progress.due(step):
-                progress.show(step, step * args.batch_size, loss=(total[0] / total[1]).item(),
-                              lr=lr)
-                total.zero_()
-            if step % args.save_every == 0 and step < args.steps:
-                save()
-        save()
-    return net if step == args.steps else None
+    for step in training(args, first, save):
+        g = generator(device, args.seed, step)
+        draw = torch.rand(args.shared_negatives, generator=g, device=device).double()
+        negatives = torch.searchsorted(law, draw * law[-1]).clamp(max=V - 1)
+        reach = torch.randint(1, L + 1, (batch, SPAN), generator=g, device=device)
+        reach = None if args.model == "skipgram" else mine(reach)
+        starts = mine(batch_rows(blocks, step, batch, args.seed, device)) * SPAN
+        lr = opt.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
+        with autocast(args):
+            value, mass = wrapped(*windows(tokens, docs, starts, L, reach, kept), negatives,
+                                  args.negative)
+        (value * (RANKS / args.batch_size)).backward()
+        opt.step()
+        opt.zero_grad()
+        progress.add(step + 1, loss=value.detach() / mass.clamp(min=1e-9), lr=lr)
+    return net
 
 
-def train(args: argparse.Namespace) -> int:
-    """The whole run: text, vectors, report, metrics.json. Returns the exit code."""
-    begin = time.perf_counter()
-    world = setup(args.gpu, args.fp32, args.batch_size)
-    device, out, state = world.device, Path(args.out), resume_run(args, CONFIG, "w2v_svd")
-    closed = args.model in CLOSED
-    if closed and world.size > 1:
-        raise UserError(f"--model {args.model}: is solved at once, in one process")
-    for path in args.eval or ():
-        read_lines(path)  # or stop now, not after the run
-    if args.sample and args.model not in ("ppmi", "skipgram"):
-        raise UserError("--sample: only ppmi and skipgram can be weighed by it, not bags")
-    if not closed and args.batch_size % (SPAN * world.size):
-        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of "
-                        f"{SPAN * world.size}, blocks of {SPAN} words on {world.size} processes")
-    with main_first(world):
-        words, n, tokens, docs = load_data(args.data, args.cache, args.min_count, args.vocabulary,
-                                           device)
-    if state and state["model"]["U.weight"].shape != (len(words), args.dim):
-        raise UserError(f"--data {args.data}: {len(words):,} words now, another number in ckpt.pt")
-    if not closed and "steps" not in args.given and not state:
-        args.steps = math.ceil(args.epochs * len(tokens) / args.batch_size)
-    chosen = choose(args.words, words).to(device)
-    if not state:
-        make_room(out, world)
+def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
+    """The whole run: text, vectors, report, metrics.json."""
+    begin, by_svd = time.perf_counter(), args.model in BY_SVD
+    words, n, tokens, docs = load_data(args, device, state)
+    chosen = choose(args.words, words)
+    make_room(args)
+    rounds = 30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size)
+    args = argparse.Namespace(**vars(args) | dict(steps=args.steps or rounds))
+    progress = Progress(args, state["step"] if state else 0, 2 * len(words) * args.dim,
+                        *(1, "round") if by_svd else (args.batch_size, "word"))
+    say(f"{len(tokens):,} words, {len(words):,} of them different")
+    read = time.perf_counter()
     kept = keep(n.double() / n.sum(), args.sample)
-    step = state["step"] if state else 0
-    progress = Progress(out, step, args.steps, "round" if closed else "word", world)
-    progress.note(f"{len(tokens):,} words, {len(words):,} of them different, "
-                  f"{docs[-1] - docs[0] + 1:,} documents at most")
-    metrics = dict(seconds=dict(read=time.perf_counter() - begin))
-    if closed:
-        progress.headline(args, 2 * len(words) * args.dim)
-        (left, s, right), parts = solve(tokens, docs, kept, args, progress)
-        U, other = left * s**0.5, right * s**0.5
-        W = vectors(left, s, right, args.p, args.plus)
-        metrics["seconds"] |= parts
+    if by_svd:
+        W = vectors(*solve(args, tokens, docs, kept), args.p, args.plus)
+        progress.add(args.steps)
     else:
-        net = descend(tokens, docs, n, kept, state, args, world, progress)
-        if net is None:
-            progress.note("stopped and saved; go on with --resume")
-            return 130
-        U, other = net.U.weight.detach(), net.out.weight.detach()
-        W = U + other if args.plus else U
-        metrics["seconds"]["descend"] = time.perf_counter() - begin - metrics["seconds"]["read"]
-    metrics["seconds"]["in_all"] = time.perf_counter() - begin
-    progress.check(W)
-    if world.rank:
-        return 0
-    said = ", ".join(f"{name} {x:.1f} s" for name, x in metrics["seconds"].items())
-    progress.note(said)
-    metrics |= dict(words=len(tokens), vocabulary=len(words), seed=args.seed, model=args.model)
-    if args.objective:
-        cells, n_w = expected(count(tokens, docs, len(words), args.window),
-                              args.window, kept)
-        bias = math.log(args.shift / args.negative) if closed else 0.0
-        metrics["objective"] = sgns_objective(cells, n_w, U.float(), other.float(), negatives_law(
-            n_w, args.smoothing), args.negative, bias)
-        progress.note(f"SGNS objective per pair, k = {args.negative}: {metrics['objective']:.4f}")
-    write_vectors(out / "vectors.bin", words, W)
+        net = descend(args, tokens, docs, n, kept, state, progress)
+        W = (net.U + net.out if args.plus else net.U).detach()
+    done = time.perf_counter()
+    if RANK:
+        return
+    write_vectors(Path(args.out) / "vectors.bin", words, W)
     if args.text:
-        write_vectors(out / "vectors.txt", words, W)
-    metrics["scores"] = report(words, W, chosen, args)
-    near = torch.cat([chosen[:8, None], neighbours(W, chosen[:8], 5)[1]], 1)  # 8 groups of 6
-    drawn, group = near.flatten().tolist(), torch.arange(near.numel()) // near.shape[1]
-    write_png(out / "pca.png", pca_picture(W[drawn], [words[k] for k in drawn], group))
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-    progress.note(f"vectors.bin, pca.png, metrics.json in {out}/")
-    return 0
-
-
-def choose(asked: list[str] | None, words: list[str]) -> Tensor:
-    """The numbers of the words asked for; if none, of some common ones. Raises UserError."""
-    number = {w: k for k, w in enumerate(words)}
-    lost = [w for w in asked or () if w.lower() not in number and w not in number]
-    if lost:
-        raise UserError(f"unknown: {', '.join(lost)}; not among the {len(words):,} words")
-    if not asked:
-        asked = [w for w in SHOWN if w in number] or words[len(words) // 50:][:8]
-    return torch.tensor([number.get(w, number.get(w.lower())) for w in asked])
+        write_vectors(Path(args.out) / "vectors.txt", words, W)
+    metrics = dict(words=len(tokens), vocabulary=len(words), model=args.model, seed=args.seed,
+                   step=args.steps, read_seconds=read - begin, train_seconds=done - read)
+    metrics |= report(args, words, W, chosen)
+    near = torch.cat([chosen[:8, None], neighbours(W, chosen[:8], 5)[1].cpu()], 1)
+    ids, group = near.flatten().tolist(), torch.arange(near.numel()) // near.shape[1]
+    write_png(Path(args.out) / "pca.png", pca_picture(W[ids], [words[k] for k in ids], group))
+    write_metrics(args, metrics)
 
 
 SHOWN = "file string error integer thread server function month film actor good queen".split()
 
 
-def report(words: list[str], W: Tensor, chosen: Tensor, args: argparse.Namespace) -> dict:
-    """Prints the neighbours of the chosen words and the scores on --eval's files; returns those."""
-    cosine, near = neighbours(W, chosen.to(W.device), 8)
-    for k, row, values in zip(chosen.tolist(), near.tolist(), cosine.tolist()):
-        print(f"{words[k]:>12}  " + "  ".join(f"{words[r]} {x:.2f}" for r, x in zip(row, values)))
-    scores = {}
-    for path in args.eval or ():
-        scores[path.name] = score = evaluate(path, words, W)
-        print(f"{path.name}: {score['asked']} of {score['of']} asked;  " + ";  ".join(
-            f"{name or 'all'} {x:.3f}" for name, x in score.items() if name not in ("asked", "of")))
-    return scores
+def choose(asked: list[str], words: list[str]) -> Tensor:
+    """The numbers of the words asked for; if none, of some common ones. Raises UserError."""
+    find = finder(words)
+    if lost := [w for w in asked if find(w) < 0]:
+        raise UserError(f"unknown: {', '.join(lost)}; not among the {len(words):,} words")
+    common = [w for w in SHOWN if find(w) >= 0] or words[len(words) // 50:][:8]
+    return torch.tensor([find(w) for w in asked or common])
 
 
-def inspect(args: argparse.Namespace) -> int:
-    """--query, and --eval of saved vectors; --new-words. Trains nothing."""
+def report(args: argparse.Namespace, words: list[str], W: Tensor, chosen: Tensor) -> dict:
+    """The neighbours of the words chosen, and the scores on --eval's files; says them too."""
+    near, scores = {}, {}
+    for k, cosines, ids in zip(chosen.tolist(), *(v.tolist() for v in neighbours(W, chosen, 8))):
+        near[words[k]] = [[words[c], x] for c, x in zip(ids, cosines)]
+        say(f"{words[k]:>12}  " + "  ".join(f"{word} {x:.2f}" for word, x in near[words[k]]))
+    for path in args.eval:
+        scores[path] = evaluate(Path(path), words, W)
+        asked, of, *rest = scores[path].items()
+        say(f"{path}: {asked[1]} of {of[1]} asked;  " + ";  ".join(f"{k} {v:.3f}" for k, v in rest))
+    return dict(neighbours=near, scores=scores)
+
+
+def sample_only(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
+    """Trains nothing: --new-words; or --query and --eval of saved vectors."""
     if args.new_words:
-        return show_new_words(args.new_words, args.rank)
-    words, W = read_vectors(args.vectors or Path(args.out) / "vectors.bin")
-    report(words, W, choose(args.query, words), args)
-    return 0
+        return show_new_words(Path(args.new_words), args.rank)
+    words, W = read_vectors(Path(args.vectors or newest(args, "vectors.bin")))
+    report(args, words, W.to(device), choose(args.query, words))
 
 
-def show_new_words(path: Path, k: int) -> int:
+def show_new_words(path: Path, k: int) -> None:
     """4208 衍生新词: the 40 likeliest words of two letters that the list lacks, at rank k."""
     rows = [line.split() for line in read_lines(path)]
-    if bad := [row for row in rows if len(row) < 2 or not row[1].isdigit()]:
+    if bad := [row for row in rows if len(row) < 2 or not row[1].isdecimal()]:
         raise UserError(f"--new-words {path}: not a word and its count: {' '.join(bad[0])[:60]}")
-    pairs = [(row[0], int(row[1])) for row in rows if len(row[0]) == 2 and int(row[1]) >= 100]
-    first, second = (sorted({word[at] for word, _ in pairs}) for at in (0, 1))
+    listed = [(row[0], int(row[1])) for row in rows if len(row[0]) == 2 and int(row[1]) >= 100]
+    first, second = (sorted({word[at] for word, _ in listed}) for at in (0, 1))
     if min(len(first), len(second)) <= k:
         raise UserError(f"--new-words {path}: too few words of two letters and count 100 or more")
-    M, row, column = torch.zeros(len(first), len(second)), *({c: k for k, c in enumerate(letters)}
-                                                             for letters in (first, second))
-    for word, n in pairs:
+    M = torch.zeros(len(first), len(second))
+    row, column = ({c: k for k, c in enumerate(letters)} for letters in (first, second))
+    for word, n in listed:
         M[row[word[0]], column[word[1]]] = n
-    print("  ".join(f"{first[r]}{second[c]} {x:.1f}" for r, c, x in new_words(M, k, 40)))
-    return 0
+    say("  ".join(f"{first[r]}{second[c]} {x:.1f}" for r, c, x in new_words(M, k, 40)))
 
 
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    # flag               CPU         --gpu
-    presets = dict(
-        data=             ("python",  "text8"),
-        model=            ("ppmi",    "ppmi"),
-        loss=             ("negative", "negative"),
-        steps=            (30,        30),
-        batch_size=       (1024,      8192),
-        dim=              (100,       300),
-        window=           (5,         5),
-        min_count=        (5,         5),
-        vocabulary=       (100_000,   100_000),
-        sample=           (0.0,       0.0),
-        shift=            (1.0,       1.0),
-        smoothing=        (0.75,      0.75),
-        discount=         (1.0,       1.0),
-        weight=           (0.0,       0.0),
-        p=                (0.5,       0.5),
-        plus=             (False,     False),
-        negative=         (5,         5),
-        shared_negatives= (256,       1024),
-        lr=               (1e-2,      1e-2),
-        epochs=           (5.0,       5.0),
-        save_every=       (500,       2000),
-        seed=             (0,         0),
-    )
-    p = common_flags(__doc__.partition("\n")[0], "w2v_svd", presets,
-                     "python (docstrings and comments of the standard library), text8, enwik8, "
-                     "shakespeare, or a file: text, .gz .bz2 .xz .zip; every line is a document")
-    flag = functools.partial(add_flag, p, presets)
-    flag("--model", MODELS, "ppmi and linear-* are solved by an SVD, whose rounds are --steps; the "
-         "others descend by gradient")
-    flag("--loss", ("negative", "softmax"), "of the models that descend")
-    flag("--dim", at_least(1), "n, numbers per word")
-    flag("--window", at_least(1), "L, the farthest neighbour; a distance d weighs (L - d + 1) / L")
-    flag("--min-count", at_least(1), "drop words that come less often")
-    flag("--vocabulary", at_least(2), "keep at most as many words, the most frequent")
-    flag("--sample", at_least(0.0), "subsampling's t; 0: none")
-    flag("--shift", at_least(1e-3), "k of the shift log k of ppmi")
-    flag("--smoothing", at_least(0.0), "power of the counts in the law of negatives")
-    flag("--discount", at_least(0.0), "weigh a pair seen n times by n / (n + discount), of ppmi")
-    flag("--weight", at_least(0.0), "a cell's error counts (n_w n_c)^(2 weight) times, of ppmi: 0 "
-         "is the plain SVD, 0.5 near to SGNS")
-    flag("--p", at_least(0.0), "vectors are U s^p")
-    flag("--plus", bool, "add the vectors of context words, w + c")
-    flag("--negative", at_least(1), "k, negatives per pair")
-    flag("--shared-negatives", at_least(1), "drawn once a step, to stand for all pairs' k")
-    flag("--lr", at_least(0.0), "Adam's learning rate at the start; it falls to zero")
-    flag("--epochs", at_least(0.0), "passes over the text of models that descend, if not --steps")
-    flag("--save-every", at_least(1), "steps between checkpoints")
-    p.add_argument("--eval", type=Path, nargs="+", metavar="FILE",
-                   help="score: lines \"word word score\", or analogies as in questions-words.txt")
-    p.add_argument("--objective", action="store_true",
-                   help="work out SGNS' objective over all pairs of words at the solution")
-    p.add_argument("--text", action="store_true", help="also write vectors.txt")
-    p.add_argument("--words", nargs="+", metavar="WORD", help="whose neighbours to show and draw")
-    p.add_argument("--query", nargs="+", metavar="WORD",
-                   help="train nothing: show neighbours in OUT/vectors.bin")
-    p.add_argument("--vectors", type=Path, metavar="FILE",
-                   help="train nothing: --query and --eval this .bin or .txt of any word2vec")
-    p.add_argument("--new-words", type=Path, metavar="FILE",
-                   help="train nothing: new words from lines \"word count\", 4208")
-    p.add_argument("--rank", type=at_least(1), default=10, metavar="N",
-                   help="classes of letters for --new-words (default: %(default)s)")
-    args = p.parse_args(argv)
-    settle(args, presets, 1 if args.gpu else 0)
-    return args
+    experiment = dict(
+        # flag            CPU        --gpu    least  meaning
+        data=            ("python",  "text8", None,  "python (docstrings and comments of the "
+                          "standard library), text8, enwik8, shakespeare, or a file: text, .gz "
+                          ".bz2 .xz .zip; every line is a document"),
+        steps=           (0,                  0,     "in all, resumed ones included"),
+        batch_size=      (1024,      8192,    1,     "global, over all processes"),
+        seed=            (0,                  0,     "of weights, noise and order"),
+        model=           ("ppmi",             MODELS, "ppmi and linear-skipgram are solved by an "
+                          "SVD, whose rounds are --steps (0: 30); the others descend by gradient"),
+        loss=            ("negative",         ("negative", "softmax"), "of models that descend"),
+        dim=             (100,       300,     2,     "n, numbers per word"),
+        window=          (5,                  1,     "L, the farthest neighbour; a distance d "
+                          "weighs (L - d + 1) / L"),
+        min_count=       (5,                  1,     "drop words that come less often"),
+        vocabulary=      (100_000,            2,     "keep at most as many, the most frequent"),
+        sample=          (0.0,                0,     "subsampling's t; 0: none"),
+        shift=           (1.0,                1e-3,  "k of the shift log k of ppmi"),
+        smoothing=       (0.75,               0,     "power of the counts in the law of negatives"),
+        discount=        (1.0,                0,     "a pair seen n times weighs "
+                          "n / (n + discount) in ppmi"),
+        p=               (0.5,                0,     "vectors are U s^p"),
+        plus=            (False,              None,  "add the vectors of context words, w + c"),
+        negative=        (5,                  1,     "k, negatives per pair"),
+        shared_negatives=(256,       1024,    1,     "drawn once a step, for all pairs"),
+        lr=              (1e-2,               0,     "Adam's rate at the start; it falls to zero"),
+        epochs=          (5.0,                0,     "passes over the text of models that descend, "
+                          "where --steps is 0"))
+    others = dict(
+        save_every=      (500,       2000,    1,     "steps between checkpoints"),
+        eval=            ([],                 None,  "files to score by: \"word word score\" a "
+                          "line, or analogies as in questions-words.txt"),
+        text=            (False,              None,  "also write vectors.txt"),
+        words=           ([],                 None,  "whose neighbours to show and draw"),
+        query=           ([],                 None,  "train nothing: neighbours in vectors.bin of "
+                          "OUT, without --out of the newest run"),
+        vectors=         ("",                 None,  "train nothing: --query and --eval these "
+                          "vectors, a file in any of word2vec's formats"),
+        new_words=       ("",                 None,  "train nothing: new words from lines "
+                          "\"word count\", 4208"),
+        rank=            (10,                 1,     "classes of letters for --new-words"))
+    return read_flags("w2v_svd", __doc__.partition("\n")[0], argv, experiment, others)
 
 
 # ---- plumbing: the same text in every script that needs it ----
 
+
 # === shared: setup ===
+RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+STOP: list[BaseException] = []  # why training has to save and end: a signal, a log that is gone
+
+
 class UserError(Exception):
-    """Wrong input: one line that says what to do; exit code 2."""
+    """Wrong input, alike on all ranks: one line that says what to do; exit code 2."""
 
 
-@dataclass(frozen=True)
-class World:
-    """Where this process runs: its device, its rank, and how many there are."""
-
-    device: torch.device
-    rank: int
-    size: int
-
-    def mine(self, rows: Tensor) -> Tensor:
-        """This rank's slice of a tensor for the whole global batch; the ranks must divide it."""
-        return rows.chunk(self.size)[self.rank]
-
-
-def setup(gpu: bool, fp32: bool, batch_size: int) -> World:
-    """Device and process group from --gpu and torchrun's environment. Raises UserError."""
-    rank, size, local = (int(os.environ.get(key, default)) for key, default in
-                         (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if batch_size % size:
-        raise UserError(f"--batch-size {batch_size}: {size} processes cannot share it evenly")
-    if gpu and local >= torch.cuda.device_count():
-        raise UserError(f"--gpu: CUDA device {local} not found; leave --gpu out to run on the CPU")
-    if gpu:
-        torch.cuda.set_device(local)
+def setup(args: argparse.Namespace) -> torch.device:
+    """The device that --gpu asks for, and the process group of torchrun. Raises UserError."""
+    if args.batch_size % RANKS:
+        raise UserError(f"--batch-size {args.batch_size}: {RANKS} processes cannot share it evenly")
+    if args.gpu:
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if there < wanted:
+            raise UserError(f"--gpu: {there} of {wanted} CUDA devices found; leave --gpu out to "
+                            "run on the CPU")
+        torch.cuda.set_device(LOCAL_RANK)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = not fp32
-        torch.set_float32_matmul_precision("highest" if fp32 else "high")
-    if size > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    return World(torch.device("cuda", local) if gpu else torch.device("cpu"), rank, size)
+        torch.backends.cudnn.allow_tf32 = not args.fp32
+        torch.set_float32_matmul_precision("highest" if args.fp32 else "high")
+    if RANKS > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
+    return torch.device(f"cuda:{LOCAL_RANK}" if args.gpu else "cpu")
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """Inside, networks on a GPU compute in bfloat16, unless --fp32."""
+    return torch.autocast("cuda" if args.gpu else "cpu", torch.bfloat16,
+                          enabled=args.gpu and not args.fp32)
+
+
+def mine(rows: Tensor) -> Tensor:
+    """This rank's slice of a tensor for the whole global batch."""
+    return rows.chunk(RANKS)[RANK]
 
 
 def generator(device: torch.device | str, *key: int) -> torch.Generator:
     """Random numbers that depend on `key` alone, say (seed, step), not on what was drawn before."""
-    mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(mixed[0]))
+    mixed = np.random.SeedSequence((len(key), *key))  # or (0,) and (0, 0) would be one stream
+    return torch.Generator(device).manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+
+def say(text: str, live: bool = False) -> None:
+    """Prints a line, on rank 0; on a terminal the next one takes the place of a `live` one."""
+    try:
+        if not RANK:
+            terminal = sys.stdout.isatty()
+            print("\r\033[K" * terminal + text, end="" if live and terminal else "\n", flush=True)
+    except OSError:  # nobody listens any more: no reason to lose the run
+        sys.stdout = open(os.devnull, "w")
 
 
 @contextmanager
-def stop_signals(world: World) -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM set a flag; calling the function reads it, alike on all ranks."""
-    flag = torch.zeros(1, dtype=torch.int32)
-    kinds = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda *_: flag.fill_(1)) for kind in kinds]
-
-    def stopped() -> bool:
-        if world.size > 1:
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
-
+def on_signals(act: Callable) -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP do `act`; one that is ignored, as by nohup, stays so."""
+    kinds = [getattr(signal, k) for k in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, k)]
+    before = {k: signal.getsignal(k) for k in kinds if signal.getsignal(k) != signal.SIG_IGN}
     try:
-        yield stopped
+        for kind in before:
+            signal.signal(kind, act)
+        yield
     finally:
-        for kind, handler in zip(kinds, before):
+        for kind, handler in before.items():
             signal.signal(kind, handler)
 
 
-@contextmanager
-def main_first(world: World) -> Iterator[None]:
-    """Rank 0 does the body before the others do, so that only one downloads."""
-    if world.rank:
-        torch.distributed.barrier()
-    yield
-    if world.size > 1 and not world.rank:
-        torch.distributed.barrier()
-
-
-def run(body: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """The exit code of body(args), each with a line: 2 wrong input, 1 failure, 130 interrupted."""
+def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
+    """The exit code of body(args, device, state), once `check` has passed the flags: what stops it
+    becomes one line, and 2 for wrong input, 1 for a failure, 130 if interrupted."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # a terminal may not spell every sample
     try:
-        return body(args)
-    except KeyboardInterrupt:
-        code, line = 130, "interrupted"
-    except (UserError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
-            PermissionError) as error:
-        code, line = 2, error
-    except (OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        code, line = 1, str(error).partition("\n")[0]
+        with on_signals(signal.default_int_handler):
+            device = setup(args)
+            state = resume_run(args) if args.resume else None
+            check(args)
+            body(args, device, state)
+        return 0
+    except (KeyboardInterrupt, UserError, OSError, FloatingPointError, MemoryError,
+            RuntimeError) as error:
+        line = str(error).partition("\n")[0] or type(error).__name__
+        lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
+        if isinstance(error, RuntimeError) and not (lost or re.search("allocate|memory", line)):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            saved = args.own and (Path(args.out) / "ckpt.pt").exists()
+            line = "interrupted" + f"; saved, --out {args.out} --resume goes on" * saved
+        if not (RANK and (lost or isinstance(error, (KeyboardInterrupt, UserError)))):
+            print("\n" * sys.stdout.isatty() + f"{args.script}.py: {line}", file=sys.stderr)
+        wrong = UserError, PermissionError, NotADirectoryError
+        return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, wrong) else 1
     finally:
         if torch.distributed.is_initialized():
             gc.collect()  # the cycles of DDP keep the group alive: its threads would abort exit
             torch.distributed.destroy_process_group()
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    return code
 # === end shared ===
 
 
@@ -1005,32 +980,33 @@ def epoch_order(total: int, seed: int, epoch: int, device: torch.device) -> Tens
 
 def batch_rows(total: int, step: int, batch: int, seed: int, device: torch.device) -> Tensor:
     """Rows of step `step` = 0, 1, ...: the permutations of (seed, epoch) one after another, cut."""
-    first, last = step * batch, (step + 1) * batch
-    return torch.cat([epoch_order(total, seed, epoch, device)[max(0, first - epoch * total):
-                                                              last - epoch * total]
-                      for epoch in range(first // total, (last - 1) // total + 1)])
+    epoch, first = divmod(step * batch, total)
+    epochs = range(epoch, epoch + (first + batch - 1) // total + 1)
+    return torch.cat([epoch_order(total, seed, k, device) for k in epochs])[first:first + batch]
 # === end shared ===
 
 
 # === shared: download ===
 def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
-    """The file `name` in `cache`, fetched once from the first of `urls` that answers.
+    """The file `name` in `cache`, fetched once, by rank 0, from the first of `urls` that answers.
 
-    digest: its SHA-256, or the beginning of it. Torch gives the file its name only when that
-    agrees: half a download never passes for a whole one. Raises UserError, saying which file to
-    put where; OSError for a full disk.
+    digest: how its SHA-256 begins. Torch gives the file its name only when that agrees: half a
+    download never passes for a whole one. Raises UserError; OSError for a full disk.
     """
     path = Path(cache).expanduser() / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if RANK:
+        torch.distributed.barrier()
     for url in urls:
-        if path.exists():
-            break
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise
             print(f"{url}: {error}", file=sys.stderr)
+    if RANKS > 1 and not RANK:
+        torch.distributed.barrier()
     if not path.exists():
         raise UserError(f"cannot download {name}: put the file from {urls[0]} at {path}")
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
@@ -1091,165 +1067,249 @@ def split_text(documents: list[bytes], device: torch.device) -> tuple[Tensor, Te
 
 
 # === shared: flags ===
-def at_least(low: float, below: float = math.inf) -> Callable[[str], float]:
-    """Reads a number from `low` up to, not with, `below`; a whole one if `low` is."""
-    def read(text: str) -> float:
-        number = type(low)(text)
-        if not low <= number < below:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
-        return number
-    read.__name__ = "number"  # argparse says "invalid number value"
-    return read
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Reads 1,2,2 as (1, 2, 2)."""
+    return tuple(int(part) for part in text.split(",") if part)
 
 
-def add_flag(p: argparse.ArgumentParser, presets: dict[str, tuple], flag: str, kind,
-             text: str) -> None:
-    """Adds a flag whose default stands in `presets`: CPU, --gpu, --paper; the help shows them."""
-    cpu, *rest = [",".join(map(str, value)) if isinstance(value, tuple) else
-                  ("off", "on")[value] if isinstance(value, bool) else str(value)
-                  for value in presets[flag[2:].replace("-", "_")]]
-    said = [cpu] + [f"{name} {v}" for name, v in zip(("--gpu", "--paper"), rest) if v != cpu]
-    how = dict(action=argparse.BooleanOptionalAction) if kind is bool else \
-        dict(choices=kind) if isinstance(kind, tuple) else \
-        dict(type=kind, metavar="NAME_OR_PATH" if kind is str else "N")
-    p.add_argument(flag, help=f"{text} (default: {'; '.join(said)})", **how)
+def shown(value) -> str:
+    """A flag's value as one types it."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def common_flags(title: str, script: str, presets: dict[str, tuple],
-                 data: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all scripts share, alike in name, meaning and help."""
-    p = argparse.ArgumentParser(description=title, allow_abbrev=False)
-    p.add_argument("--gpu", action="store_true",
-                   help="use CUDA, or stop if there is none; also larger defaults, shown as --gpu")
-    add_flag(p, presets, "--data", str, data)
-    add_flag(p, presets, "--steps", at_least(1), "steps in all, resumed ones included")
-    add_flag(p, presets, "--batch-size", at_least(1), "global, over all processes")
-    add_flag(p, presets, "--seed", at_least(0), "of weights, noise and order")
-    p.add_argument("--out", default=f"out/{script}", metavar="DIR",
-                   help="where everything is written; an older run there is moved aside "
-                        "(default: %(default)s)")
-    p.add_argument("--resume", action="store_true",
-                   help="go on from OUT/ckpt.pt, with the flags of that run")
-    p.add_argument("--cache", default="~/.cache/kexue", metavar="DIR",
-                   help="where downloads are kept (default: %(default)s)")
-    p.add_argument("--fp32", action="store_true", help="with --gpu: neither bfloat16 nor TF32")
-    p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    return p
+def read_flags(script: str, title: str, argv: list[str] | None, experiment: dict,
+               others: dict) -> argparse.Namespace:
+    """The flags of two tables, and those that all scripts share; a wrong one ends in a line, 2.
 
-
-def settle(args: argparse.Namespace, presets: dict[str, tuple], column: int) -> None:
-    """Gives flags left out their preset of that column; args.given names those given by hand."""
-    args.given = {name for name in presets if getattr(args, name) is not None}
-    for name in presets.keys() - args.given:
-        setattr(args, name, presets[name][column])
+    A row: the defaults on the CPU, with --gpu, with --paper (the last one stands for the rest),
+    the least number or the words allowed, the meaning. A flag reads what its default is. --resume
+    takes `experiment`, args.config, from the checkpoint; args.given are those given by hand.
+    """
+    others = others | dict(
+        gpu=(False, None, "use CUDA, or stop if there is none; has its own defaults"),
+        out=(f"out/{script}", None, "where all is written; if it is taken, OUT.1, OUT.2, ..."),
+        resume=(False, None, "go on from ckpt.pt in OUT; without --out in the newest of them"),
+        cache=("~/.cache/kexue", None, "where downloads are kept"),
+        fp32=(False, None, "with --gpu: neither bfloat16 nor TF32"),
+        compile=(False, None, "torch.compile the network"))
+    rows = experiment | others
+    p = argparse.ArgumentParser(f"{script}.py", "%(prog)s [--flag VALUE ...]", title,
+                                allow_abbrev=False)
+    kept = p.add_argument_group("the experiment, which --resume takes from the checkpoint")
+    free = p.add_argument_group("this run")
+    reads = {tuple: (whole_numbers, "N,N"), int: (int, "N"), float: (float, "X")}
+    for name, (*defaults, allowed, meaning) in rows.items():
+        said = [f"{where}{shown(v)}" for where, v in zip(("", "--gpu ", "--paper "), defaults)]
+        kind = type(defaults[0])
+        reader, metavar = reads.get(kind, (str, "TEXT"))
+        how = dict(action=argparse.BooleanOptionalAction if any(defaults) else "store_true") \
+            if kind is bool else dict(choices=allowed) if isinstance(allowed, tuple) else \
+            dict(type=reader, metavar=metavar, nargs="+" if kind is list else None)
+        (kept if name in experiment else free).add_argument(
+            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+            help=f"{meaning} (default: {'; '.join(said)})", **how)
+    args = p.parse_args(argv)
+    args.given, args.config = set(vars(args)), list(experiment)
+    args.script, args.own = script, False
+    column = 2 if "paper" in args.given else 1 if "gpu" in args.given else 0
+    for name, (*defaults, allowed, _) in rows.items():
+        value = vars(args).setdefault(name, defaults[min(column, len(defaults) - 1)])
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(allowed, (int, float)) and not allowed <= number < 2**63:
+                p.error(f"--{name.replace('_', '-')} {shown(value)}: from {allowed} to 2**63")
+    args.resume |= bool(vars(args).get("sample_only"))  # which needs the checkpoint
+    return args
 # === end shared ===
 
 
 # === shared: checkpoint ===
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Writes the whole file beside `path`, then renames it: an interrupted save harms nothing."""
-    buffer, part = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(state, buffer)
+def put(path: Path, body: bytes) -> None:
+    """Writes a whole file beside `path`, then renames it: an interrupted save harms nothing."""
+    part = path.with_suffix(".tmp")
     try:
-        part.write_bytes(buffer.getbuffer())
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+        part.write_bytes(body)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def resume_run(args: argparse.Namespace, names: list[str], script: str) -> dict | None:
-    """With --resume the checkpoint in --out, on the CPU, else None; the `names` of its config
-    replace those of args.
+def make_room(args: argparse.Namespace) -> None:
+    """A folder of this run's own: OUT, or OUT.1, OUT.2, ... if taken; goes into args.out."""
+    out, k = Path(args.out), itertools.count(1)
+    while not (RANK or args.own):
+        try:
+            Path(args.out).mkdir(parents=True)
+            args.own = True
+        except FileExistsError:
+            args.out = f"{out}.{next(k)}"
 
-    Raises UserError for any file but one of `script`'s, whole, and if a flag given by hand
-    contradicts it; only --steps may change.
+
+def save_checkpoint(args: argparse.Namespace, step: int, parts: dict, **more) -> None:
+    """Writes OUT/ckpt.pt: the flags, the step, the state of each of `parts`, and `more`.
+
+    Raises FloatingPointError if a weight is no longer finite: the older file stays.
     """
-    if not args.resume:
-        return None
-    path = Path(args.out) / "ckpt.pt"
+    path, nets = Path(args.out) / "ckpt.pt", [v for v in parts.values() if isinstance(v, nn.Module)]
+    if not all(p.isfinite().all() for net in nets for p in net.parameters()):
+        raise FloatingPointError(f"a weight is no longer finite; {path}, if there, is from before")
+    if not RANK:
+        config, buffer = {name: getattr(args, name) for name in args.config}, io.BytesIO()
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(dict(script=args.script, step=step, config=config, **more) | states, buffer)
+        put(path, buffer.getbuffer())
+
+
+def newest(args: argparse.Namespace, name: str) -> Path:
+    """The file `name` in OUT; without --out, the newest in OUT, OUT.1, ... Raises UserError."""
+    out = Path(args.out)
+    places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
+    files = [place / name for place in places if (place / name).is_file()]
+    if not files:
+        raise UserError(f"{out / name}: no such file")
+    return max(files, key=lambda file: file.stat().st_mtime)
+
+
+def resume_run(args: argparse.Namespace) -> dict:
+    """The checkpoint to go on from, on the CPU; its flags go into args, and its folder.
+
+    Raises UserError for any file but a whole one of this script, and if a flag given by hand
+    contradicts it; only --steps may be more, and --data lie elsewhere.
+    """
+    path = newest(args, "ckpt.pt")
+    args.out, args.own = str(path.parent), True
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != script:
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
             raise ValueError
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config = {name: state["config"][name] for name in args.config}
+        kinds = [(state["script"], args.script), (state["step"], args.steps)]
+        kinds += [(value, getattr(args, name)) for name, value in config.items()]
+        if state["script"] != args.script or any(type(a) is not type(b) for a, b in kinds):
+            raise ValueError
     except Exception:  # torch raises a dozen kinds
-        raise UserError(f"{path}: not a checkpoint of {script}.py, or damaged") from None
-    for name in names:
-        old, new = state["config"][name], getattr(args, name, None)
-        if name not in args.given:
-            setattr(args, name, old)
-        elif new != old and name != "steps":
-            raise UserError(f"--{name.replace('_', '-')} {new}: the checkpoint has {old}; leave "
-                            "the flag out, or begin anew without --resume")
+        raise UserError(f"{path}: not a checkpoint of this {args.script}.py, or damaged") from None
+    for name, old in config.items():
+        new = vars(args)[name] if name in args.given else old
+        if new != old and name not in ("steps", "data"):
+            raise UserError(f"--{name.replace('_', '-')} {shown(new)}: the checkpoint has "
+                            f"{shown(old)}; leave the flag out, or begin anew")
+        setattr(args, name, new)
+    if state["step"] > args.steps:
+        raise UserError(f"--steps {args.steps}: the checkpoint has {state['step']} already")
     return state
 
 
-def make_room(out: Path, world: World) -> None:
-    """A fresh folder `out`; an older run there moves to OUT.1, ...; UserError if it is no run."""
-    if world.rank == 0:
-        if out.is_dir() and any(out.iterdir()):
-            if not (out / "log.csv").exists():
-                raise UserError(f"--out {out}: holds other things; name a new or empty folder")
-            aside = next(p for k in itertools.count(1) if not (p := Path(f"{out}.{k}")).exists())
-            out.rename(aside)
-            print(f"the older run in {out} is now in {aside}")
-        out.mkdir(parents=True, exist_ok=True)
+def restore(state: dict | None, parts: dict) -> int:
+    """Puts the checkpoint's state into `parts`, name by name; the step to go on from, or 0."""
+    for name, part in parts.items() if state else ():
+        try:
+            part.load_state_dict(state[name])
+            for p, moments in getattr(part, "state", {}).items():  # an optimiser does not look
+                if any(m.shape not in ((), p.shape) for m in moments.values()):
+                    raise ValueError
+        except Exception:  # torch raises half a dozen kinds
+            raise UserError(f"ckpt.pt: its {name} is damaged, or does not fit the flags") from None
+    return state["step"] if state else 0
+
+
+def write_metrics(args: argparse.Namespace, metrics: dict) -> None:
+    """Writes OUT/metrics.json, where what is not finite is null, and says where all is."""
+    finite = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
+    put(Path(args.out) / "metrics.json", (json.dumps(finite, indent=1) + "\n").encode())
+    say(f"all of it is in {args.out}/")
 # === end shared ===
 
 
 # === shared: progress ===
+def training(args: argparse.Namespace, first: int, save: Callable) -> Iterator[int]:
+    """The steps first, ..., args.steps - 1. Calls save(step, end) every args.save_every of them and
+    at the end. A signal ends them early, on all ranks alike, and is raised once that is saved; a
+    second one at once."""
+    told = []
+
+    def note(*_) -> None:
+        told.append(time.monotonic())
+        STOP.append(KeyboardInterrupt())
+        if told[-1] > told[0] + 1:  # torchrun hands one Ctrl-C on a second time
+            raise KeyboardInterrupt
+
+    STOP.clear()
+    with on_signals(note):
+        for step in itertools.count(first):
+            stop = torch.tensor(float(bool(STOP)))  # a copy: a signal may come at any moment
+            if RANKS > 1:
+                torch.distributed.all_reduce(stop)
+            end = step == args.steps or bool(stop)
+            if end or step > first and step % args.save_every == 0:
+                save(step, end)
+            if end:
+                break
+            yield step
+    if stop or STOP:
+        raise STOP[0] if STOP else KeyboardInterrupt
+
+
+def watch(items: Iterable, total: int, what: str) -> Iterator:
+    """The items, and every few seconds a line on how many of `total` are done."""
+    begin = then = time.perf_counter()
+    for k, item in enumerate(items):
+        now = time.perf_counter()
+        if k and now - then > (0.5 if sys.stdout.isatty() else 10):
+            eta = timedelta(seconds=int((total - k) * (now - begin) / k))
+            say(f"{what} {k}/{total}  eta {eta}", live=True)
+            then = now
+        yield item
+
+
 class Progress:
     """A line every few seconds, rewritten in place on a terminal, and a row in OUT/log.csv."""
 
-    def __init__(self, out: Path, step: int, steps: int, unit: str, world: World):
-        self.start, self.steps, self.unit, self.world = step, steps, unit, world
-        self.out, self.begin, self.live = out, time.perf_counter(), sys.stdout.isatty()
-        self.last = self.begin, step  # of the last line
+    def __init__(self, args: argparse.Namespace, step: int, parameters: int, items: int, unit: str):
+        """items: of `unit`, seen in a step. Begins with what runs, where and how."""
+        self.log, self.steps = Path(args.out) / "log.csv", args.steps
+        self.items, self.unit = items, unit
+        self.first, self.shown, self.sums = step, step, {}
+        self.begin = self.then = time.perf_counter()
+        where = torch.cuda.get_device_name() if args.gpu else \
+            f"CPU, {torch.get_num_threads()} threads"
+        how = "bfloat16 and TF32" if args.gpu and not args.fp32 else "float32"
+        say(f"{' '.join(sys.argv)}\n{where} x {RANKS}, torch {torch.__version__}, {how}"
+            f"{', compiled' * args.compile}, {parameters:,} parameters, all goes to {args.out}/")
+        if not RANK and self.log.exists():  # rows after the checkpoint will be made again
+            rows = [row for row in self.log.read_text().splitlines(True) if row[-1] == "\n"]
+            rows[1:] = [row for row in rows[1:] if float(row.partition(",")[0]) <= step]
+            put(self.log, "".join(rows).encode())
 
-    def note(self, text: str) -> None:
-        """Prints a line of its own, on rank 0."""
-        if self.world.rank == 0:
-            print(("\r\033[K" if self.live else "") + text, flush=True)
+    def add(self, step: int, **values: Tensor | float) -> None:
+        """Takes a step's values; shows their means at first, at last, and every few seconds.
 
-    def headline(self, args: argparse.Namespace, parameters: int) -> None:
-        """What runs, where and how: the log's first lines."""
-        gpu = self.world.device.type == "cuda"
-        where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-        how = "bfloat16 and TF32" if gpu and not args.fp32 else "float32"
-        self.note(f"{' '.join(sys.argv)}\n{where} x {self.world.size}, torch {torch.__version__}, "
-                  f"{how}, compile {'on' if args.compile else 'off'}, {parameters:,} parameters")
-
-    def due(self, step: int) -> bool:
-        """Whether a line is due: at first, at last, and every 0.5 s (in a log: 10 s) between."""
-        wait = 0.5 if self.live else 10
-        return step in (self.start + 1, self.steps) or time.perf_counter() - self.last[0] > wait
-
-    def show(self, step: int, items: int, **values: float) -> None:
-        """Prints and logs a line; `items` seen in all give the rate. Raises as `check` does."""
-        self.check(*values.values())
-        now, (before, since) = time.perf_counter(), self.last
-        self.last = now, step
-        if self.world.rank:
+        Raises FloatingPointError if one is not finite. A log that cannot be written stops the run.
+        """
+        for name, value in values.items():  # no item(): that would wait for the GPU
+            self.sums[name] = self.sums.get(name, 0) + value
+        now, wait = time.perf_counter(), 0.5 if sys.stdout.isatty() else 10
+        if RANK or now - self.then < wait and step not in (self.first + 1, self.steps):
             return
-        rate, elapsed = items / step * (step - since) / (now - before), int(now - self.begin)
-        eta = int((self.steps - step) * elapsed / (step - self.start))
-        said = "  ".join(f"{k} {v:.1e}" if k == "lr" else f"{k} {v:.4f}" for k, v in values.items())
-        line = (f"step {step:0{len(str(self.steps))}}/{self.steps}  {said}  {rate:.0f} {self.unit}"
-                f"/s  elapsed {timedelta(seconds=elapsed)}  eta {timedelta(seconds=eta)}")
-        bar = f"\r\033[K[{'#' * (20 * step // self.steps):20}] " if self.live else ""
-        print(bar + line, end="\n" if step == self.steps or not self.live else "", flush=True)
-        row = dict(step=step, items=items, rate=rate, elapsed=now - self.begin, **values)
-        with open(self.out / "log.csv", "a", newline="\r\n") as file:
-            if not file.tell():
-                print(*row, sep=",", file=file)
-            print(*row.values(), sep=",", file=file)
-
-    def check(self, *values: Tensor | float) -> None:
-        """Raises FloatingPointError unless all are finite; asked before a checkpoint is saved."""
-        if not all(torch.as_tensor(v).isfinite().all() for v in values):
-            raise FloatingPointError("the loss or a weight is no longer finite; "
-                                     f"{self.out}/ckpt.pt, if there, is from before")
+        count, elapsed = step - self.shown, now - self.begin
+        row = dict(step=step, items=step * self.items, rate=count * self.items / (now - self.then),
+                   elapsed=elapsed, **{k: float(v) / count for k, v in self.sums.items()})
+        self.shown, self.then, self.sums = step, now, {}
+        eta = (self.steps - step) * elapsed / (step - self.first)
+        said = "".join(f"{name} {row[name]:.4g}  " for name in values)
+        bar = f"[{'#' * (20 * step // self.steps):20}] " * sys.stdout.isatty()
+        say(f"{bar}step {step}/{self.steps}  {said}{row['rate']:.0f} {self.unit}/s  elapsed "
+            f"{timedelta(seconds=int(elapsed))}  eta {timedelta(seconds=int(eta))}",
+            live=step < self.steps)
+        if not all(map(math.isfinite, row.values())):
+            raise FloatingPointError(f"step {step}: {said} ckpt.pt, if there, is from before")
+        try:
+            with open(self.log, "a") as file:
+                if not file.tell():
+                    print(*row, sep=",", file=file)
+                print(*row.values(), sep=",", file=file)
+        except OSError as error:
+            STOP.append(error)  # so that the loop saves first
 # === end shared ===
 
 
@@ -1268,15 +1328,13 @@ def write_png(path: Path, image: Tensor) -> None:
     c, h, w = image.shape
     if c not in (1, 3):
         raise ValueError(f"{c} channels: a PNG here has 1 or 3")
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        part = kind + body
-        return struct.pack(">I", len(body)) + part + struct.pack(">I", zlib.crc32(part))
-
+    head = struct.pack(">2I5B", w, h, 8, c - 1, 0, 0, 0)  # kind 0 is grey, 2 is RGB
     lines = F.pad(image.cpu().permute(1, 2, 0).reshape(h, c * w), (1, 0))  # each begins: filter 0
-    head = struct.pack(">2I5B", w, h, 8, 2 if c == 3 else 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
-                     + chunk(b"IDAT", zlib.compress(lines.numpy().tobytes())) + chunk(b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(lines.numpy())), (b"IEND", b"")):
+        png += struct.pack(">I", len(body)) + kind + body
+        png += struct.pack(">I", zlib.crc32(kind + body))
+    path.write_bytes(png)
 # === end shared ===
 
 
@@ -1285,7 +1343,8 @@ def write_png(path: Path, image: Tensor) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    return run(inspect if args.query or args.vectors or args.new_words else train, args)
+    only = args.query or args.vectors or args.new_words
+    return run(sample_only if only else train, args, check_flags)
 
 
 if __name__ == "__main__":

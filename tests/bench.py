@@ -187,17 +187,11 @@ def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
     import w2v_svd as w
 
     device = torch.device("cuda" if opt.gpu else "cpu")
-    words, n, tokens, docs = w.load_data("python", "~/.cache/kexue", 5, 100_000, device)
-    V, L = len(words), 5
+    args = w.parse_args(["--data=python", "--dim=100", "--steps=30"])  # alike with --gpu
+    words, n, tokens, docs = w.load_data(args, device, None)
+    V, L = len(words), args.window
     kept = torch.ones(V, dtype=torch.float64, device=device)
-
-    def svd() -> w.Factors:
-        (i, j, x), n_w = w.expected(w.count(tokens, docs, V, L), L, kept)
-        P = w.negatives_law(n_w, 0.75)
-        M, Mt = (w.sparse(i, j, w.pmi(x, n_w[a], P[b], 1, 1), V) for a, b in ((i, j), (j, i)))
-        return w.krylov_svd(M, Mt, 100)
-
-    arms = {"ours": svd}
+    arms = {"ours": lambda: w.vectors(*w.solve(args, tokens, docs, kept), args.p)}
     if opt.peer == "gensim":
         from gensim.models import Word2Vec
 
