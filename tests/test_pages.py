@@ -31,26 +31,35 @@ class Parsed(Exception):
 
 
 def parse(program, argv):
-    """Lets X.py read argv, and no more; returns the parser it asked. SystemExit if that refuses argv."""
-    caught = []
-    real = argparse.ArgumentParser.parse_args
+    """Lets X.py read argv, and no more; returns the parser it asked. SystemExit if that refuses argv.
 
-    def catch(self, args=None, namespace=None):
-        mine = args is None or list(args) == argv
-        if mine:
-            caught.append(self)
-        result = real(self, args, namespace)
-        if mine:
-            raise Parsed
-        return result
+    What an experiment leaves over (parse_known_args), tests/experiments/SCRIPT_WHAT.py, is for SCRIPT.py.
+    """
+    caught, left = [], []
+    whole, known = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.parse_known_args
+
+    def all_of(self, args=None, namespace=None):
+        if args is not None and list(args) != argv:  # another parser, asked for defaults
+            return whole(self, args, namespace)
+        caught.append(self)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", known)
+        whole(self, args, namespace)
+        raise Parsed
+
+    def some_of(self, args=None, namespace=None):
+        caught.append(self)
+        left[:] = known(self, args, namespace)[1]
+        raise Parsed
 
     with pytest.MonkeyPatch().context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", catch)
+        patch.setattr(argparse.ArgumentParser, "parse_args", all_of)
+        if "/" in program:
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", some_of)
         patch.setattr(sys, "argv", [program, *argv])
         patch.setattr(sys, "path", list(sys.path))
         try:
             if "/" in program:
-                assert "parse_args(" in (ROOT / program).read_text("utf-8"), f"{program} reads no flags"
+                assert re.search(r"parse_(known_)?args\(", (ROOT / program).read_text("utf-8")), f"{program}: no flags"
                 runpy.run_path(str(ROOT / program), run_name="__main__")
             else:
                 importlib.import_module(Path(program).stem).parse_args(argv)
@@ -59,6 +68,8 @@ def parse(program, argv):
         except SystemExit as end:
             if end.code and argv:  # with no argument: only the parser is wanted
                 raise
+    if left:
+        parse(next(f"{script}.py" for script in SCRIPTS if Path(program).name.startswith(script)), left)
     return caught[0]
 
 
@@ -119,6 +130,16 @@ def test_tables_are_whole(page):
 
 
 # ---- commands and flags ----
+
+@pytest.mark.parametrize("program, good, bad", [
+    ("ddpm.py", ["--steps", "2"], ["--stepps", "2"]), ("tests/bench.py", ["ddpm", "--threads", "1"], ["ddpm", "--treads", "1"]),
+    ("tests/experiments/rope_codes.py", ["--seeds", "0", "--steps", "2"], ["--seeds", "0", "--stepps", "2"]),
+    ("tests/experiments/strip.py", ["--to", "x.png"], ["--two", "x.png"])])
+def test_a_wrong_command_would_be_found(program, good, bad, capsys, tmp_path):
+    assert parse(program, good) and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        parse(program, bad)
+
 
 @each_page
 def test_commands_parse(page):
