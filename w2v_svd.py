@@ -453,8 +453,9 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text that are not blank. Raises UserError for any other file."""
     try:
         return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text in UTF-8") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not a text in UTF-8"
+        raise UserError(f"{path}: {why}") from None
 
 
 def read_questions(path: Path) -> list[tuple[list[str], str | float]]:
@@ -550,8 +551,8 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
 
     A text is told by its first row, whatever the file is called: n numbers after the word.
     """
-    head, _, body = path.read_bytes().partition(b"\n")
     try:
+        head, _, body = path.read_bytes().partition(b"\n")
         V, n = map(int, head.split())
         if not 0 < 2 * V * n <= len(body) or n < 1:
             raise ValueError  # a headline that lies
@@ -562,9 +563,10 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
             W[k] = row if len(row) == n else np.nan
         if not np.isfinite(W).all():
             raise ValueError  # also where rows are missing
-    except ValueError:
-        raise UserError(f"{path}: not a whole file of word vectors in word2vec's formats, which "
-                        "begin with how many words and how many numbers a word") from None
+    except (OSError, ValueError) as error:
+        why = "not a whole file of word vectors in word2vec's formats, which begin with how many " \
+            "words and how many numbers a word"
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or why}") from None
     return words, torch.from_numpy(W)
 
 
@@ -741,15 +743,17 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     words, n, tokens, docs = load_data(args, device, state)
     chosen = choose(args.words, words)
     make_room(args)
-    rounds = 30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size)
-    args = argparse.Namespace(**vars(args) | dict(steps=args.steps or rounds))
-    progress = Progress(args, state["step"] if state else 0, 2 * len(words) * args.dim,
-                        *(1, "round") if by_svd else (args.batch_size, "word"))
+    steps = args.steps or (30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size))
+    args = argparse.Namespace(**vars(args) | dict(steps=steps))  # now that the text is known
+    items, unit = (1, "round") if by_svd else (args.batch_size, "word")
+    progress = Progress(args, state["step"] if state else 0, 2 * len(words) * args.dim, items, unit)
     say(f"{len(tokens):,} words, {len(words):,} of them different")
     read = time.perf_counter()
     kept = keep(n.double() / n.sum(), args.sample)
     if by_svd:
         W = vectors(*solve(args, tokens, docs, kept), args.p, args.plus)
+        if not W.isfinite().all():
+            raise UserError(f"--p {args.p}: the vectors are too large for float32")
         progress.add(args.steps)
     else:
         net = descend(args, tokens, docs, n, kept, state, progress)
@@ -847,7 +851,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         negative=        (5,                  1,     "k, negatives per pair"),
         shared_negatives=(256,       1024,    1,     "drawn once a step, for all pairs"),
         lr=              (1e-2,               0,     "Adam's rate at the start; it falls to zero"),
-        epochs=          (5.0,                0,     "passes over the text of models that descend, "
+        epochs=          (5.0,                1e-9,  "passes over the text of models that descend, "
                           "where --steps is 0"))
     others = dict(
         save_every=      (500,       2000,    1,     "steps between checkpoints"),
@@ -913,14 +917,19 @@ def generator(device: torch.device | str, *key: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
 
 
+def tell(stream: str, text: str, end: str = "\n") -> None:
+    """Prints on sys.stdout or sys.stderr; that nobody listens any more is no reason to lose a run."""
+    try:
+        print(text, end=end, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w"))
+
+
 def say(text: str, live: bool = False) -> None:
     """Prints a line, on rank 0; on a terminal the next one takes the place of a `live` one."""
-    try:
-        if not RANK:
-            terminal = sys.stdout.isatty()
-            print("\r\033[K" * terminal + text, end="" if live and terminal else "\n", flush=True)
-    except OSError:  # nobody listens any more: no reason to lose the run
-        sys.stdout = open(os.devnull, "w")
+    terminal = sys.stdout.isatty()
+    if not RANK:
+        tell("stdout", "\r\033[K" * terminal + text, "" if live and terminal else "\n")
 
 
 @contextmanager
@@ -960,8 +969,9 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
         if isinstance(error, KeyboardInterrupt):
             saved = args.own and (Path(args.out) / "ckpt.pt").exists()
             line = "interrupted" + f"; saved, --out {args.out} --resume goes on" * saved
-        if not (RANK and (lost or isinstance(error, (KeyboardInterrupt, UserError)))):
-            print("\n" * sys.stdout.isatty() + f"{args.script}.py: {line}", file=sys.stderr)
+        alike = KeyboardInterrupt, UserError, FloatingPointError  # on all ranks
+        if not (RANK and (lost or isinstance(error, alike))):
+            tell("stderr", "\n" * sys.stdout.isatty() + f"{args.script}.py: {line}")
         wrong = UserError, PermissionError, NotADirectoryError
         return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, wrong) else 1
     finally:
@@ -1137,6 +1147,8 @@ def put(path: Path, body: bytes) -> None:
 def make_room(args: argparse.Namespace) -> None:
     """A folder of this run's own: OUT, or OUT.1, OUT.2, ... if taken; goes into args.out."""
     out, k = Path(args.out), itertools.count(1)
+    if not out.name.strip("."):
+        raise UserError(f"--out {args.out}: name a folder of the run's own")
     while not (RANK or args.own):
         try:
             Path(args.out).mkdir(parents=True)
@@ -1170,6 +1182,13 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
+class State(dict):
+    """What is in a checkpoint; to ask for what is not raises UserError."""
+
+    def __missing__(self, name: str):
+        raise UserError(f"ckpt.pt: has no {name}; it is damaged, or of another version")
+
+
 def resume_run(args: argparse.Namespace) -> dict:
     """The checkpoint to go on from, on the CPU; its flags go into args, and its folder.
 
@@ -1197,7 +1216,7 @@ def resume_run(args: argparse.Namespace) -> dict:
         setattr(args, name, new)
     if state["step"] > args.steps:
         raise UserError(f"--steps {args.steps}: the checkpoint has {state['step']} already")
-    return state
+    return State(state)
 
 
 def restore(state: dict | None, parts: dict) -> int:
