@@ -83,16 +83,17 @@ def cases_ddpm(opt: argparse.Namespace) -> Iterator[Case]:
 
     def sampler(net: torch.nn.Module) -> Callable[[], object]:
         run = torch.compile(net) if opt.compile else net
-        row = ddpm.sigmas(s, "beta")
+        sigma = ddpm.sigmas("beta", s)
 
         @torch.no_grad()
         def step() -> None:
             net.eval()
             with autocast:
-                ddpm.step_back(x0, t, run(x0, t), row, eps, s)
+                ddpm.step_back(x0, t, run(x0, t), eps, sigma, s)
         return step
 
-    nets = {who: net.to(device) for who, net in nets.items()}
+    layout = torch.contiguous_format if opt.gpu else torch.channels_last  # as in ddpm.build; either may use it
+    nets = {who: net.to(device, memory_format=layout) for who, net in nets.items()}
     print(json.dumps({who: sum(p.numel() for p in net.parameters()) for who, net in nets.items()}))
     yield "training step", batch, {who: trainer(net) for who, net in nets.items()}
     yield "sampling step", batch, {who: sampler(net) for who, net in nets.items()}
