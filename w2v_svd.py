@@ -194,7 +194,7 @@ def sgns_optimum(n: Tensor, n_w: Tensor, P_c: Tensor, k: float, skip_hits: bool 
 def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0, discount: float = 0.0) -> Tensor:
     """Shifted positive PMI of counts n: max(0, log(n / (n_w P_c)) - log k), natural logs.
 
-    P_c of `negatives_law` at 0.75 smooths on the right side: a rare context counts for less;
+    P_c of `negatives_law` below power 1 smooths on the right side: a rare context counts for less;
     so does a rare pair by discount: times n / (n + discount), Pantel and Lin 2002.
     """
     x = sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
@@ -713,7 +713,7 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, k
     net, parts = build(args, V, device)
     first, opt = restore(state, parts), parts["opt"]
     wrapped = nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
-    law = negatives_law(n, args.smoothing).cumsum(0)
+    law = negatives_law(n, args.power).cumsum(0)
     batch, blocks, counts = args.batch_size // SPAN, -(-len(tokens) // SPAN), n.tolist()
 
     def save(step: int, end: bool) -> None:
@@ -843,12 +843,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         vocabulary=      (100_000,            2,     "keep at most as many, the most frequent"),
         sample=          (0.0,                0,     "subsampling's t; 0: none"),
         shift=           (1.0,                1e-3,  "k of the shift log k of ppmi"),
-        smoothing=       (0.75,               0,     "power of the counts in the law of negatives"),
+        smoothing=       (1.0,                0,     "of ppmi: power of the contexts' counts"),
         discount=        (1.0,                0,     "a pair seen n times weighs "
                           "n / (n + discount) in ppmi"),
         p=               (0.5,                0,     "vectors are U s^p"),
         plus=            (False,              None,  "add the vectors of context words, w + c"),
         negative=        (5,                  1,     "k, negatives per pair"),
+        power=           (0.75,               0,     "of the counts, in the law of negatives"),
         shared_negatives=(256,       1024,    1,     "drawn once a step, for all pairs"),
         lr=              (1e-2,               0,     "Adam's rate at the start; it falls to zero"),
         epochs=          (5.0,                1e-9,  "passes over the text of models that descend, "

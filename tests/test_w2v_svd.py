@@ -909,14 +909,14 @@ def kept_of(lines, V, t):
 
 
 BASE = ["--data", "t.txt", "--min-count", "1", "--seed", "1"]
-PPMI = dict(dim=4, window=5, min_count=1, vocabulary=99, sample=0.0, shift=1.0, smoothing=0.75, discount=1.0, p=0.5,
+PPMI = dict(dim=4, window=5, min_count=1, vocabulary=99, sample=0.0, shift=1.0, smoothing=1.0, discount=1.0, p=0.5,
             plus=False)
 
 
 @pytest.mark.parametrize("changed", [
     {}, dict(dim=2), dict(dim=7), dict(window=2), dict(min_count=60), dict(vocabulary=5), dict(sample=0.05),
     dict(shift=1.5),
-    dict(smoothing=1.0), dict(discount=0.0), dict(p=0.0), dict(p=1.0), dict(plus=True), dict(model="linear-skipgram"),
+    dict(smoothing=0.75), dict(discount=0.0), dict(p=0.0), dict(p=1.0), dict(plus=True), dict(model="linear-skipgram"),
     dict(model="linear-skipgram", p=1.0, sample=0.05, window=3)], ids=str)
 def test_the_closed_form_again_from_the_text(changed):
     """PPMI, or T2's matrix, pair by pair and by LAPACK: the vectors up to their signs, so all W W'."""
@@ -943,7 +943,7 @@ def test_the_closed_form_again_from_the_text(changed):
 
 
 SGD = dict(model="skipgram", loss="negative", batch_size=64, shared_negatives=8, window=2, dim=4, negative=5,
-           lr=1e-2, sample=0.0, smoothing=0.75, steps=5, seed=1, plus=False, min_count=1, vocabulary=99)
+           lr=1e-2, sample=0.0, power=0.75, steps=5, seed=1, plus=False, min_count=1, vocabulary=99)
 
 
 def naive_loss(o, U, out, lines, blocks, negatives, reach, kept):
@@ -968,7 +968,7 @@ def naive_loss(o, U, out, lines, blocks, negatives, reach, kept):
 
 
 @pytest.mark.parametrize("changed", [
-    {}, dict(model="cbow"), dict(model="autoencoder"), dict(loss="softmax"), dict(sample=0.05), dict(smoothing=0.0),
+    {}, dict(model="cbow"), dict(model="autoencoder"), dict(loss="softmax"), dict(sample=0.05), dict(power=0.0),
     dict(window=3, negative=2, shared_negatives=5), dict(lr=0.1, batch_size=96, dim=3), dict(plus=True), dict(seed=2),
     dict(vocabulary=6)], ids=str)
 def test_descent_again_naively(changed):
@@ -982,7 +982,7 @@ def test_descent_again_naively(changed):
     torch.manual_seed(o["seed"])
     tables = [((torch.rand(V, o["dim"]) - 0.5) / o["dim"]).double(), torch.zeros(V, o["dim"], dtype=f64)]
     m, v = ([torch.zeros_like(x) for x in tables] for _ in range(2))
-    law = np.cumsum(np.bincount(sum(lines, [])) ** o["smoothing"])
+    law = np.cumsum(np.bincount(sum(lines, [])) ** o["power"])
     blocks, a_step, order, losses = math.ceil(T / 32), o["batch_size"] // 32, [], []
     for epoch in range(9):
         order += torch.randperm(blocks, generator=w.generator("cpu", o["seed"], epoch, 9)).tolist()
