@@ -287,6 +287,19 @@ def test_the_pages_map_is_the_scripts(script):
         assert wanted <= found, f"{fact}: {wanted - found}"
 
 
+@each_script
+def test_every_departure_is_told(script):
+    """What the code marks with `departs:` is in a function or class that the page's list of changes names."""
+    path, told = ROOT / f"{script}.py", section(TEXTS[OWN[script]], "What was changed, and why")
+    lines = path.read_text("utf-8").splitlines()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef) or isinstance(node, ast.ClassDef) and "departs:" in (ast.get_docstring(node) or ""):
+            if any("departs:" in line for line in lines[node.lineno - 1:node.end_lineno]):
+                owner = next((c.name for c in ast.parse(path.read_text("utf-8")).body if isinstance(c, ast.ClassDef)
+                              and c.lineno <= node.lineno <= c.end_lineno), node.name)
+                assert re.search(rf"`{owner}`|`{owner}\.{node.name}`", told), owner
+
+
 # ---- examples ----
 
 def test_every_script_has_an_example_to_copy():
