@@ -8,6 +8,7 @@ tests/test_pages.py holds the pages to the code with these functions.
 
 import argparse
 import ast
+import functools
 import io
 import os
 import re
@@ -30,8 +31,13 @@ PASTE = re.compile(r"(?:Copy|复制) ((?:`\w+`[,、 and和]*)+)(?: from|，取�
 
 def definitions(path: Path) -> dict[str, int]:
     """Line of every function and class of a script, of methods as Class.method, of constants."""
+    return definitions_in(path.read_text("utf-8"))
+
+
+@functools.cache
+def definitions_in(text: str) -> dict[str, int]:
     lines = {}
-    for node in ast.parse(path.read_text("utf-8")).body:
+    for node in ast.parse(text).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             lines[node.name] = node.lineno
             for part in node.body if isinstance(node, ast.ClassDef) else ():

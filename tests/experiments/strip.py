@@ -51,7 +51,7 @@ def blocks(out: Path) -> Tensor:
     state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
     net = rope.LanguageModel(*(state["config"][k] for k in "position width layers heads context".split()))
     net.load_state_dict(state["model"])
-    B = net.B(0)[0].detach()
+    B = net.B()[0, 0].detach()
     P, _ = rope.canonical(B)
     dense = rope.exp_rotation(torch.tensor([4.0, 32.0], dtype=torch.float64), B)  # (2, d, d)
     tiles = torch.stack([coloured(R) for R in [*dense, *(P.mT @ dense @ P)]])  # (4, 3, d, d)
