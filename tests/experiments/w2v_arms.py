@@ -63,9 +63,9 @@ def arms(tokens: Tensor, docs: Tensor, V: int, L: int, k: int, rounds: int):
     plain = ppmi()
     for p, plus in ((0.5, False), (0.0, False), (1.0, False), (0.5, True)):
         yield f"PPMI, p = {p:g}{', w + c' * plus}", *plain, p, plus
-    for flags in (dict(shift=2), dict(shift=5), dict(smoothing=0.75), dict(smoothing=0.75, discount=1),
-                  dict(smoothing=0.75, discount=5), dict(smoothing=0.75, weight=0.125),
-                  dict(smoothing=0.75, weight=0.25), dict(smoothing=0.75, weight=0.5)):
+    for flags in (dict(shift=2), dict(shift=5), dict(smoothing=0.75), dict(discount=1), dict(discount=5),
+                  dict(smoothing=0.75, weight=0.125), dict(smoothing=0.75, weight=0.25),
+                  dict(smoothing=0.75, weight=0.5)):
         yield "PPMI, " + ", ".join(f"{name} {x:g}" for name, x in flags.items()), *ppmi(**flags), 0.5, False
 
 
