@@ -3,6 +3,7 @@
     python tests/bench.py ddpm --peer diffusers --threads 2
     python tests/bench.py rope --peer rotary-embedding-torch --threads 1
     python tests/bench.py w2v_svd --peer gensim --threads 2
+    python tests/bench.py transformer_vq --peer vector-quantize-pytorch --threads 1
     python tests/bench.py ddpm --gpu --compile
 
 A line of JSON for each thing timed: the median of seconds over --repeats, the smallest and the largest,
@@ -216,6 +217,81 @@ def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
         adam.step()
         adam.zero_grad()
     yield "a step of SGNS", batch, {"ours": step}
+
+
+def cases_transformer_vq(opt: argparse.Namespace) -> Iterator[Case]:
+    """vq_attention at 8,192 tokens, d_k 64, d_v 128, c = M = 512, beside torch's causal attention of d_v wide heads.
+
+    Then a step of training by kind of attention (at --batch 4, the bare run's model), a token of decoding, and the
+    quantiser with its moving average, 16,384 keys. Peer vector-quantize-pytorch: VectorQuantize in training mode.
+    """
+    import torch.nn.functional as F
+    import transformer_vq as tvq
+
+    device, n = torch.device("cuda" if opt.gpu else "cpu"), 8192
+    q, k = torch.randn(2, 1, n, 64, device=device) / 64**0.25
+    codebook, v = torch.randn(512, 64, device=device) / 64**0.25, torch.randn(1, n, 128, device=device)
+    ids, k_hat = tvq.quantize(k, codebook)
+    bias = torch.zeros(513, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
+
+    def form(f: Callable, block: int) -> Callable:
+        return lambda q, k, v: f(q, k, ids, v, codebook, bias, block)[0]
+
+    def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q, k = F.pad(q, (0, 64)), F.pad(k, (0, 64))
+        return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=1.0)
+
+    arms = {"ours": form(tvq.vq_attention, 128), "ours, cumsum": form(tvq.vq_attention_cumsum, 128), "SDPA": sdpa}
+    if opt.compile:
+        arms = {who: torch.compile(arm) for who, arm in arms.items()}
+
+    def forward(arm: Callable) -> None:
+        with torch.no_grad(), autocast:
+            arm(q, k_hat, v)
+
+    def both(arm: Callable) -> None:
+        leaves = [x.detach().requires_grad_() for x in (q, k_hat, v)]
+        with autocast:
+            value = arm(*leaves).sum()
+        torch.autograd.grad(value, leaves)
+    yield "attention, forward", n, {who: functools.partial(forward, arm) for who, arm in arms.items()}
+    yield "attention, forward and backward", n, {who: functools.partial(both, arm) for who, arm in arms.items()}
+    args = tvq.parse_args(["--gpu"] if opt.gpu else [])
+    batch, steps = opt.batch or args.batch_size, {}
+    tokens = torch.randint(256, (batch, args.update_len + 1), device=device)
+    for kind in ("vq", "exact", "window"):
+        args.attention = kind
+        net = tvq.build(args, device)
+        if opt.compile:
+            net.compile()
+        adam, states = tvq.adam(net, 1e-3, 0.95), net(tokens[:, :-1])[1]
+
+        def step(net=net, adam=adam, states=[[x.detach() for x in s] for s in states]) -> None:
+            with autocast:
+                logits, _, commits, seen = net(tokens[:, :-1], states)
+                value = tvq.loss(logits, tokens[:, 1:]).mean() + commits.sum()
+            value.backward()
+            adam.step()
+            adam.zero_grad()
+            tvq.renew_codes(net, seen, 0.95, False, torch.Generator(device))
+        steps["ours" if kind == "vq" else kind] = step
+    yield "training step, by attention (ours: vq)", batch * args.update_len, steps
+    state = tvq.vq_attention(q, k_hat, ids, v, codebook, bias, 128)[1]
+    yield "a token", 1, {"ours": torch.no_grad()(lambda: tvq.vq_step(q[:, 0], k_hat[:, 0], ids[:, 0], v[:, 0],
+                                                                      codebook, bias, state))}
+    keys, book = torch.randn(1, 16384, 64, device=device), tvq.Codebook(512, 64).to(device)
+
+    def ours() -> None:
+        ids, _ = tvq.quantize(keys, book.vectors())
+        book.update(keys[0], ids[0], 0.99)
+    arms = {"ours": ours}
+    if opt.peer == "vector-quantize-pytorch":
+        from vector_quantize_pytorch import VectorQuantize
+
+        peer = VectorQuantize(dim=64, codebook_size=512, decay=0.99).to(device).train()
+        arms[opt.peer] = torch.no_grad()(lambda: peer(keys))
+    yield "quantiser and its average", keys.shape[1], {who: torch.no_grad()(arm) for who, arm in arms.items()}
 
 
 def measure(opt: argparse.Namespace, what: str, items: int, arms: dict[str, Callable[[], object]]) -> None:

@@ -1,0 +1,1410 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "numpy"]
+# ///
+"""Transformer-VQ: quantise the keys, and softmax attention takes linear time.
+
+Post    VQ一下Key，Transformer的复杂度就变成线性了   https://kexue.fm/archives/9844 (read 2026-11)
+        Paper: Lingle 2023, arXiv 2309.16354; its code: transformer-vq/transformer_vq (JAX).
+
+Map     9844 (1)   softmax(Q K^T) V                                       exact_attention
+        9844 (2)   softmax(Q K_hat^T) V, K_hat = VQ(K, C)       quantize, vq_attention_quadratic
+        9844 (3)   exp(Q K^T) V / (exp(Q K^T) 1)                          vq_attention_encoder
+        9844 (4)   exp(Q K_hat^T) V = exp(Q C^T) (Delta^T V)              vq_attention_encoder
+        9844 (5)   O_i = exp(Q_i C^T) sum_{j<=i} Delta_j^T V_j            vq_attention_cumsum
+        9844 (6)   O_i = exp(Q_i C^T) U_i, U_i = U_{i-1} + Delta_i^T V_i  vq_step, accumulate
+        9844 (7)   exp(Q_[i] K_hat_[i]^T + M) V_[i] + older blocks by C   vq_attention
+        9844 (8)   (7) with U_{i-1} for the sum                           vq_attention
+        9844 (9)   blocks i, i - 1 by their keys with B, the rest by C    band
+        9844 (10)  (9) with U_{i-2}; U_i = U_{i-1} + Delta_[i]^T V_[i] block_attention, vq_attention
+        9844       K-means on the keys of a model gives its first C       kmeans
+Symbols c codes, C (c, d_k) their vectors, M + 1 numbers of B for the distances 0, ..., M: M is the
+        window, which the post sets to the block length l. The post's M in (7), a mask, is in B.
+        ids is Delta, as numbers. Everywhere O is divided by its denominator, (3), and q comes
+        scaled. U is a sum as in the post; (10) is computed with its mean and the count, see there.
+Shapes  B batch (alone, B is the post's bias), n tokens, L = l tokens of a block, w so far in the
+        window, at most M, D width of the model.
+
+Run     python transformer_vq.py                                # CPU: bytes, about 2 minutes
+        python transformer_vq.py --attention exact              # or window: the same without VQ
+        python transformer_vq.py --gpu --data enwik8            # one GPU
+        python transformer_vq.py --gpu --paper                  # the paper's enwik8 model, whole
+        torchrun --nproc_per_node=8 transformer_vq.py --gpu     # the same global batch on eight
+        python transformer_vq.py --sample-only 3                # from out/transformer_vq/ckpt.pt
+Needs   torch, numpy
+"""
+
+import argparse
+import bz2
+import errno
+import gc
+import gzip
+import hashlib
+import html
+import http.client
+import io
+import itertools
+import json
+import lzma
+import math
+import os
+import re
+import signal
+import sys
+import sysconfig
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ---- the post: 9844 ----
+
+def vq_attention_quadratic(q: Tensor, k_hat: Tensor, v: Tensor, bias: Tensor | None = None
+                           ) -> Tensor:
+    """9844 (2), read literally, or (1) if k_hat are raw keys: O (B, n, d_v), in quadratic time.
+
+    q, k_hat (B, n, d_k), v (B, n, d_v). bias (M+1,) makes it causal, with B of `band`; without a
+    bias every token sees all. Every key gets its gradient: the post's exact straight-through.
+    """
+    scores = q @ k_hat.mT  # (B, n, n)
+    if bias is not None:
+        scores = scores + band(bias, q.shape[1], 0)
+    return scores.softmax(-1) @ v  # 9844 (1), (2)
+
+
+def band(bias: Tensor, rows: int, past: int, outside: float = 0.0) -> Tensor:
+    """B of 9844 (9) for the last `rows` of past + rows tokens: (..., rows, past + rows).
+
+    B_{i,j} is bias[i - j] for 0 <= i - j <= M, -inf for j > i (the mask of (7)) and `outside`
+    beyond the window. bias: (M+1,), so that B is Toeplitz, or (..., rows, M+1), for each query.
+    """
+    # The text before (9) has B_{i,j} = 0 where i < j or i - j <= l; its figure and (9) mean this.
+    distance = (past + torch.arange(rows, device=bias.device)[:, None]
+                - torch.arange(past + rows, device=bias.device))  # i - j
+    M = bias.shape[-1] - 1
+    near = distance.clamp(0, M)
+    B = bias[near] if bias.ndim == 1 else bias.gather(-1, near.expand(*bias.shape[:-1], -1))
+    return B.masked_fill(distance > M, outside).masked_fill(distance < 0, -math.inf)
+
+
+def quantize(k: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """9844 (2): ids (...) of the codes nearest to k (..., d_k), the first of equals, and K_hat.
+
+    K_hat is the code going forward, bit for bit; its gradient is k's (straight-through), none is
+    the codebook's (c, d_k). Searches in float32, 4096 keys at once: memory does not grow as n c.
+    """
+    with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+        C = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
+        half = C.square().sum(-1) / 2  # |k - C_s|^2 / 2 = |k|^2 / 2 - (k C_s - half_s)
+        rows = k.reshape(-1, k.shape[-1]).split(4096)
+        ids = torch.cat([(x.to(C.dtype) @ C.T - half).argmax(-1) for x in rows])
+        ids = ids.view(k.shape[:-1])
+    return ids, codebook.detach()[ids].to(k.dtype) + (k - k.detach())
+
+
+def vq_attention_encoder(q: Tensor, ids: Tensor, v: Tensor, codebook: Tensor) -> Tensor:
+    """9844 (4), every token sees all, in linear time: O (B, n, d_v) for ids (B, n), q, v as in (2).
+
+    Delta^T V is a sum of values by code, and in the denominator (3), V = 1, Delta^T 1 a count.
+    """
+    U, count = accumulate(*no_sums(v, codebook), ids, v)  # Delta^T V (B, c, d_v), Delta^T 1 (B, c)
+    scores = (q @ codebook.T).masked_fill(count[:, None] == 0, -math.inf)  # of codes in use
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()  # exp(Q C^T); the maximum cancels
+    return weights @ U / (weights @ count[..., None])  # 9844 (4) over (4) with V = 1: (3)
+
+
+def no_sums(v: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """U_{-1} = 0 (B, c, d_v) and its count (B, c): float32 at least, as bfloat16 stops at 256."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    U = torch.zeros(len(v), len(codebook), v.shape[-1], dtype=dtype, device=v.device)
+    return U, U[..., 0].clone()
+
+
+def accumulate(U: Tensor, count: Tensor, ids: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """9844 (6), (10): U + Delta^T V (B, c, d_v), and the count, by ids (B, L), v (B, L, d_v)."""
+    U = U.scatter_add(1, ids[..., None].expand_as(v), v.to(U.dtype))  # Delta itself is never made
+    return U, count.scatter_add(1, ids, torch.ones_like(ids, dtype=count.dtype))
+
+
+class Memory(NamedTuple):
+    """What the tokens so far leave behind: of the last M the keys, codes and values, (B, w, ...),
+    of all older ones the sums U (B, c, d_v) and how many there were, count (B, c)."""
+
+    k_hat: Tensor
+    ids: Tensor
+    v: Tensor
+    U: Tensor
+    count: Tensor
+
+
+def first_state(k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor) -> Memory:
+    """Before any token: an empty window, and U_{-1} = 0. Of the tensors only shapes are used."""
+    return Memory(k_hat[:, :0], ids[:, :0], v[:, :0], *no_sums(v, codebook))
+
+
+def block_attention(q: Tensor, k_hat: Tensor, v: Tensor, B: Tensor, codebook: Tensor, U: Tensor,
+                    count: Tensor) -> Tensor:
+    """9844 (10) for one block, divided by its denominator: O_[i] (..., L, d_v) of q (..., L, d_k).
+
+    k_hat (..., w+L, d_k), v (..., w+L, d_v): of the window and the block, B (..., L, w+L) theirs.
+    U (..., c, d_v), count (..., c): of all tokens before; a code of none of them gets weight 0.
+    """
+    # The third term is exp(q C_s) U_s = exp(q C_s + log count_s) mean_s: so one softmax over codes
+    # and keys, with one maximum, does all three, and no sum over 10^5 tokens meets bfloat16.
+    mean = (U / count.clamp(min=1)[..., None]).to(v.dtype)
+    far = count.log()[..., None, :].expand(*q.shape[:-1], -1)  # -inf for an unused code
+    keys = torch.cat([codebook.to(k_hat.dtype).expand(*k_hat.shape[:-2], -1, -1), k_hat], -2)
+    scores = q @ keys.mT + torch.cat([far, B.expand(*q.shape[:-1], -1)], -1)  # (..., L, c+w+L)
+    return scores.softmax(-1).to(v.dtype) @ torch.cat([mean, v], -2)  # 9844 (10)
+
+
+def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor, bias: Tensor,
+                 block: int, state: Memory | None = None, through: bool = False
+                 ) -> tuple[Tensor, Memory]:
+    """9844 (10): (2) with B, causal, in time and memory linear in n: O (B, n, d_v) and the state.
+
+    q, k_hat (B, n, d_k), ids (B, n), v (B, n, d_v), bias (M+1,) or (B, n, M+1). M is the window,
+    `block` only how many tokens are computed at once. 9844 (7), (8): no window, bias (1,) = 0.
+    Keys in reach of a block get their gradient, U passes none; with `through` it does to values.
+    """
+    # The post defines U_i with sum_{j<i} before (8), but (8) and (10) need j <= i, as their
+    # recursion has it. Of (10) it stops the gradient of U_{i-2}, there called U_{i-1}.
+    n, M = q.shape[1], bias.shape[-1] - 1
+    *window, U, count = state or first_state(k_hat, ids, v, codebook)
+    seen = [torch.cat(pair, 1) for pair in zip(window, (k_hat, ids, v))]  # (B, w + n, ...) each
+    w, begins = seen[1].shape[1] - n, [*range(0, n, block), n]
+    leaves = [max(0, w + i - M) for i in begins]  # tokens before it are in U as block i begins
+    # Tokens in pieces, cut where a block begins or one leaves the window: piece at[t] begins with
+    # token t. (Slices of the whole would each have a backward of n numbers: quadratic time.)
+    cuts = sorted({0, w + n, *leaves, *(w + i for i in begins)})
+    at = {cut: piece for piece, cut in enumerate(cuts)}
+    sizes = [end - begin for begin, end in zip(cuts, cuts[1:])]
+    k, z, x = (part.split(sizes, 1) for part in seen)
+    out, done, B = [], 0, band(bias, block, M) if bias.ndim == 1 else None
+    for i, leave, q_i in itertools.zip_longest(begins, leaves, q.split(block, 1)):
+        for piece in range(done, at[leave]):  # U_i = U_{i-1} + ...: now U_{i-2} of (10), if M = l
+            U, count = accumulate(U, count, z[piece], x[piece] if through else x[piece].detach())
+        done = at[leave]
+        if i < n:
+            rows, past = q_i.shape[1], w + i - leave
+            near = slice(done, at[w + i + rows])  # the window and the block: V_[i-1] and V_[i]
+            B_i = B[:rows, M - past:M + rows] if bias.ndim == 1 else \
+                band(bias[:, i:i + rows], rows, past)
+            out.append(block_attention(q_i, torch.cat(k[near], 1), torch.cat(x[near], 1), B_i,
+                                       codebook, U, count))
+    return torch.cat(out, 1), Memory(*(part[:, leaves[-1]:] for part in seen), U, count)
+
+
+def vq_attention_cumsum(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor,
+                        bias: Tensor, block: int, state: Memory | None = None,
+                        through: bool = False) -> tuple[Tensor, Memory]:
+    """`vq_attention` with all blocks at once: the U_i by a cumulative sum, the post's way for (5).
+
+    The same output and state. It holds n / L sums (c, d_v) and takes as many kernels whatever n
+    is: meant for a GPU, while they fit.
+    """
+    n, M, c = q.shape[1], bias.shape[-1] - 1, len(codebook)
+    *window, U, count = state or first_state(k_hat, ids, v, codebook)
+    w, m = window[1].shape[1], -(-n // block)
+    front, back = M - w, m * block - n  # empty places, so that every block has a whole window
+    seen = [torch.cat(pair, 1) for pair in zip(window, (k_hat, ids, v))]  # (B, w + n, ...) each
+    k, x = (F.pad(part, (0, 0, front, back)) for part in seen[::2])  # (B, M + m L, ...)
+    place = torch.arange(M + m * block, device=q.device)
+    real = (place >= front) & (place < M + n)
+    near_k, near_x = (part.unfold(1, M + block, block).mT for part in (k, x))  # (B, m, M+L, ...)
+    B = band(bias, block, M) if bias.ndim == 1 else \
+        band(F.pad(bias, (0, 0, 0, back)).unflatten(1, (m, block)), block, M)
+    hidden = ~real.unfold(0, M + block, block)[:, None]  # (m, 1, M+L)
+    B = B.expand(*B.shape[:-3], m, -1, -1).masked_fill(hidden, -math.inf)
+    # what leaves the window in each block, summed by code: m blocks are as m c codes
+    gone = (real & (place < n))[:m * block].expand(len(q), -1)
+    x = x[:, :m * block] if through else x[:, :m * block].detach()
+    z = F.pad(seen[1], (front, back))[:, :m * block] + c * (place[:m * block] // block)
+    U_each = U.new_zeros(len(q), m * c, v.shape[-1]).scatter_add(
+        1, z[..., None].expand_as(x), x.to(U.dtype) * gone[..., None])
+    count_each = count.new_zeros(len(q), m * c).scatter_add(1, z, gone.to(count.dtype))
+    # 9844 (5), of blocks: (B, m+1, c, d_v)
+    U_all = torch.cat([U[:, None], U_each.unflatten(1, (m, c))], 1).cumsum(1)
+    count_all = torch.cat([count[:, None], count_each.unflatten(1, (m, c))], 1).cumsum(1)
+    out = block_attention(F.pad(q, (0, 0, 0, back)).unflatten(1, (m, block)), near_k, near_x, B,
+                          codebook, U_all[:, :-1], count_all[:, :-1])
+    last = max(0, w + n - M)
+    return (out.flatten(1, 2)[:, :n],
+            Memory(*(part[:, last:] for part in seen), U_all[:, -1], count_all[:, -1]))
+
+
+def vq_step(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor, bias: Tensor,
+            state: Memory) -> tuple[Tensor, Memory]:
+    """9844 (6) with the window of (10): the next token, in time and memory that n does not enter.
+
+    q, k_hat (B, d_k), ids (B,), v (B, d_v), bias (M+1,) or (B, 1, M+1); also with an axis of 1
+    token after B, as in vq_attention: O has the shape of v.
+    """
+    k, z, x = (torch.cat([old, new.reshape(len(q), 1, *old.shape[2:])], 1)
+               for old, new in zip(state, (k_hat, ids, v)))  # (B, w+1, ...)
+    U, count, w = state.U, state.count, z.shape[1]
+    out = block_attention(q.reshape(len(q), 1, -1), k, x, bias[..., :w].flip(-1), codebook, U,
+                          count)
+    if w == bias.shape[-1]:  # M + 1: the oldest leaves the window
+        U, count = accumulate(U, count, z[:, :1], x[:, :1])  # 9844 (6)
+        k, z, x = k[:, 1:], z[:, 1:], x[:, 1:]
+    return out.view_as(v), Memory(k, z, x, U, count)
+
+
+def kmeans(keys: Tensor, codebook: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
+    """9844, 发散思考: codes (c, d_k) of a model's keys (N, d_k) by K-means, beginning with `codebook`.
+
+    Also how many keys each is the mean of, (c,). One without keys stays where it is.
+    """
+    for _ in range(rounds):
+        sums, count = code_sums(keys, quantize(keys, codebook)[0], len(codebook))
+        codebook = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], codebook)
+    return codebook, count
+
+
+# ---- beyond the post ----
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int,
+                    past: tuple[Tensor, Tensor] | None = None, window: bool = False
+                    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """9844 (1) with B, causal, by torch's own attention; shapes as in vq_attention; a rival.
+
+    past: all keys and values before, (B, w, ...), returned with these after them. With `window`
+    nothing beyond the M last tokens is seen or kept: (10) without its third term.
+    """
+    n, M = q.shape[1], bias.shape[-1] - 1
+    k, v = (torch.cat(pair, 1) for pair in zip(past, (k, v))) if past else (k, v)
+    w, out = k.shape[1] - n, []
+    for i in range(0, n, block):
+        rows, first = min(block, n - i), max(0, w + i - M) if window else 0
+        B = band(bias if bias.ndim == 1 else bias[:, i:i + rows], rows, w + i - first,
+                 -math.inf if window else 0.0)
+        keys = slice(first, w + i + rows)
+        out.append(F.scaled_dot_product_attention(q[:, i:i + rows], k[:, keys], v[:, keys],
+                                                  B.to(q.dtype), scale=1.0))
+    kept = slice(max(0, w + n - M) if window else 0, None)
+    return torch.cat(out, 1), (k[:, kept], v[:, kept])
+
+
+# ---- model ----
+
+def all_sum(x: Tensor) -> Tensor:
+    """x summed over all ranks, in place."""
+    if RANKS > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def code_sums(keys: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """All ranks' keys (N, d_k), by ids (N,): each code's sum (codes, d_k), and number (codes,)."""
+    sums = keys.new_zeros(codes, keys.shape[1]).index_add(0, ids, keys)
+    count = keys.new_zeros(codes).index_add(0, ids, torch.ones_like(keys[:, 0]))
+    return all_sum(sums), all_sum(count)
+
+
+def pick(keys: Tensor, count: int, g: torch.Generator) -> Tensor:
+    """`count` of all ranks' keys (N, d_k), drawn without replacement, the same on every rank."""
+    rows = torch.randperm(RANKS * len(keys), generator=g, device=keys.device)[:count]
+    rows = rows - RANK * len(keys)
+    here = (rows >= 0) & (rows < len(keys))
+    return all_sum(torch.where(here[:, None], keys[rows.clamp(0, len(keys) - 1)], 0))
+
+
+class Codebook(nn.Module):
+    """9844's C (c, d_k): averages of the keys that chose each code, over the last updates. float32.
+
+    Moves only by `begin`, `update` and `restart`, which training calls; no gradient comes here.
+    """
+
+    def __init__(self, codes: int, d_k: int):
+        super().__init__()
+        self.register_buffer("sums", torch.randn(codes, d_k) * d_k ** -0.25)  # as long as a key
+        self.register_buffer("count", torch.ones(codes))
+
+    def vectors(self) -> Tensor:
+        """C (c, d_k)."""
+        return self.sums / self.count.clamp(min=0.01)[:, None]
+
+    def begin(self, keys: Tensor, g: torch.Generator) -> None:
+        """C from the keys (N, d_k) of a first batch, by K-means from some of them."""
+        codes, count = kmeans(keys, pick(keys, len(self.count), g))
+        self.count[:] = count.clamp(min=count.mean() / 10)  # nor is 0 / 0 a code
+        self.sums[:] = codes * self.count[:, None]
+
+    def update(self, keys: Tensor, ids: Tensor, decay: float) -> None:
+        """Moving averages of the sums and the counts of an update's keys (N, d_k), ids (N,)."""
+        sums, count = code_sums(keys, ids, len(self.count))
+        self.sums.lerp_(sums, 1 - decay)
+        self.count.lerp_(count, 1 - decay)
+
+    def dead(self) -> Tensor:
+        """Which codes, (c,) bool, get less than a twentieth of an even share of the keys."""
+        return self.count < self.count.mean() / 20
+
+    def restart(self, keys: Tensor, g: torch.Generator) -> None:
+        """Dead codes become keys, with a count that keeps them alive for a while and a sum to it.
+
+        Only where no Memory is carried on: its counts would stand at another vector than its keys.
+        """
+        dead, count = self.dead(), self.count.mean() / 10
+        new = pick(keys, len(dead), g) * count
+        self.sums[:] = torch.where(dead[:, None], new, self.sums)
+        self.count[:] = torch.where(dead, count, self.count)
+
+    def perplexity(self) -> Tensor:
+        """How many codes are in use: e to the entropy of their shares, 1 to c."""
+        return torch.special.entr(self.count / self.count.sum()).sum().exp()
+
+
+ATTENTIONS = ("vq", "exact", "window", "quadratic")
+
+
+class GAU(nn.Module):
+    """Gated attention unit (9844, 实验结果): x + W_o(g * attention(q, k, v)), one head, no MLP.
+
+    kind: vq is (10); quadratic the same by (2), with every key's gradient; exact has raw keys;
+    window nothing beyond M tokens. For x (B, n, D), its parts and sizes as the paper's code.
+    """
+
+    def __init__(self, kind: str, width: int, d_k: int, d_v: int, codes: int, window: int,
+                 bias: str, first: int, out_std: float, dropout: float, drop_sinusoid: float):
+        super().__init__()
+        self.kind, self.d_k, self.d_v = kind, d_k, d_v
+        self.norm, self.shift = nn.RMSNorm(width, eps=1e-6), nn.Parameter(torch.zeros(width))
+        self.project = nn.Linear(width, 2 * d_k + 2 * d_v, bias=False)
+        self.out = nn.Linear(d_v, width, bias=False)
+        nn.init.normal_(self.project.weight, std=width ** -0.5)
+        nn.init.normal_(self.out.weight, std=out_std)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.drop_sinusoid = nn.Dropout(drop_sinusoid) if drop_sinusoid else nn.Identity()
+        self.book = Codebook(codes, d_k) if kind in ("vq", "quadratic") else None
+        if bias == "xl":  # Transformer-XL's, as in the paper: B_{i,j} = (q_i + b) r_{i-j}
+            self.r = nn.Linear(width, d_k, bias=False)
+            nn.init.normal_(self.r.weight, std=width ** -0.5)
+            self.a, self.b = nn.Parameter(torch.zeros(d_k)), nn.Parameter(torch.zeros(d_k))
+        else:  # the post's B, a number for each distance; it begins high near the distance `first`
+            distance = torch.arange(window + 1)
+            self.bias = nn.Parameter(12 - 3.4 * torch.log1p((distance - first).abs()))
+
+    def forward(self, x: Tensor, state: tuple | None, kind: str, form: Callable, block: int,
+                through: bool, sinusoids: Tensor | None) -> tuple:
+        """What is added to x (B, n, D); the state; |k - k_hat|^2, (B, n); k (B, n, d_k) and ids."""
+        h = self.norm(x) + self.shift
+        q, k, v, g = self.project(h).split([self.d_k, self.d_k, self.d_v, self.d_v], -1)
+        scale = self.d_k ** -0.25  # |q| = |k| = d_k^{1/4}: q k is a cosine times sqrt(d_k)
+        q, k = (F.rms_norm(y.float() if y.dtype == torch.bfloat16 else y, (self.d_k,), eps=1e-6)
+                * scale for y in (q, k))
+        v, g = F.silu(v), F.silu(g)  # (B, n, d_v)
+        if sinusoids is None:
+            bias = self.bias
+        else:
+            r = self.r(self.drop_sinusoid(sinusoids))  # (M+1, d_k)
+            bias = (q + self.b * scale) @ r.mT * scale  # (B, n, M+1)
+            q = q + self.a * scale
+        ids, k_hat, commit = None, k, None
+        if self.book:
+            codebook = self.book.vectors()
+            ids, k_hat = quantize(k, codebook)
+            commit = (k - k_hat.detach()).square().sum(-1)
+        if kind == "vq" and x.shape[1] == 1 and state:
+            o, state = vq_step(q, k_hat, ids, v, codebook, bias, Memory(*state))
+        elif kind == "vq":
+            o, state = form(q, k_hat, ids, v, codebook, bias, block, state, through)
+        elif kind == "quadratic":
+            o, state = exact_attention(q, k_hat, v, bias, block, state)
+        else:
+            keys = k_hat if kind == "window" else k
+            o, state = exact_attention(q, keys, v, bias, block, state, kind == "window")
+        return self.dropout(self.out(o * g)), state, commit, (k.detach(), ids)
+
+
+def sinusoids(count: int, width: int) -> Tensor:
+    """(count, width): sines, then cosines, of the distances 0, 1, ...; wave lengths to 6e5."""
+    speed = 1e5 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(count)[:, None] * speed
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class TransformerVQ(nn.Module):
+    """The post's GAU-VQ: `layers` GAUs on bytes (B, n) -> logits (B, n, 256); no final norm.
+
+    attention, one of ATTENTIONS, is what it is trained with; prefix, loop or cumsum, how (10) is
+    computed; drop_layer leaves whole layers out, for each row of the batch its own.
+    """
+
+    def __init__(self, attention: str = "vq", width: int = 128, layers: int = 3, d_k: int = 64,
+                 d_v: int = 256, codes: int = 64, window: int = 32, block: int = 32,
+                 bias: str = "toeplitz", through: bool = False, prefix: str = "loop",
+                 dropout: float = 0.0, drop_sinusoid: float = 0.0, drop_layer: float = 0.0):
+        super().__init__()
+        self.attention, self.window, self.block = attention, window, block
+        self.prefix, self.through, self.drop_layer = prefix, through, drop_layer
+        self.embed = nn.Embedding(256, width)
+        reach = max(1, int(math.log2(max(window, 1))))  # layer i's B begins high near 2^i
+        out_std = (12 / layers / d_v) ** 0.5
+        self.layers = nn.ModuleList(
+            GAU(attention, width, d_k, d_v, codes, window, bias, 2 ** (i % reach), out_std,
+                dropout, drop_sinusoid) for i in range(layers))
+        self.last = nn.Linear(width, 256)
+        nn.init.normal_(self.last.weight, std=width ** -0.5)
+        nn.init.zeros_(self.last.bias)
+        table = sinusoids(window + 1, width) if bias == "xl" else None
+        self.register_buffer("sinusoids", table, persistent=False)
+
+    def forward(self, tokens: Tensor, states: list | None = None, attention: str | None = None
+                ) -> tuple[Tensor, list, Tensor, list]:
+        """Logits (B, n, 256) float32, states to carry on with, the commitment loss of each layer
+        (layers,), and each layer's (k, ids), for its codebook.
+
+        attention: another of ATTENTIONS, with the same weights; a state belongs to one of them.
+        """
+        x, after, commits, seen = self.embed(tokens), [], [], []
+        for i, layer in enumerate(self.layers):
+            added, state, commit, keys = layer(
+                x, states[i] if states else None, attention or self.attention, self.form(tokens),
+                self.block, self.through, self.sinusoids)
+            if self.training and self.drop_layer:
+                keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_layer
+                added = added * keep / (1 - self.drop_layer)
+            x = x + added
+            after.append(state)
+            commits.append(x.new_zeros(()) if commit is None else commit.mean())
+            seen.append(keys)
+        return self.last(x).float(), after, torch.stack(commits), seen
+
+    def form(self, tokens: Tensor) -> Callable:
+        """The way to compute (10) on these tokens: all blocks at once if their U take <= 1 GiB."""
+        B, n = tokens.shape
+        layer = self.layers[0]
+        size = B * -(-n // self.block) * layer.d_v * (len(layer.book.count) if layer.book else 0)
+        fits = self.prefix == "cumsum" and size <= 2**28
+        return vq_attention_cumsum if fits else vq_attention
+
+
+def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Bits per byte, (B, n), of tokens (B, n) under logits (B, n, 256)."""
+    return F.cross_entropy(logits.mT, tokens, reduction="none") / math.log(2)
+
+
+@torch.no_grad()
+def sample(net: TransformerVQ, tokens: Tensor, count: int, g: torch.Generator,
+           temperature: float = 1.0, nucleus: float = 0.92) -> Tensor:
+    """tokens (B, n), then `count` bytes more, one by one: by (6), in memory that does not grow.
+
+    Each is drawn among the likeliest bytes that together reach the probability `nucleus`.
+    """
+    logits, states, *_ = net(tokens)
+    for _ in range(count):
+        share, order = (logits[:, -1] / temperature).softmax(-1).sort(descending=True)
+        share = share.masked_fill(share.cumsum(-1) - share >= nucleus, 0)
+        new = order.gather(1, torch.multinomial(share, 1, generator=g))
+        tokens = torch.cat([tokens, new], 1)
+        logits, states, *_ = net(new, states)
+    return tokens
+
+
+# ---- evaluation ----
+
+@torch.no_grad()
+def read_along(net: TransformerVQ, data: Tensor, length: int, rows: int, piece: int,
+                     attention: str) -> Tensor:
+    """loss (N, length) of data (T,), cut into N texts: `rows` at once, `piece` by `piece`."""
+    N = (len(data) - 1) // length
+    starts = torch.arange(N, device=data.device)[:, None] * length
+    texts = data[starts + torch.arange(length + 1, device=data.device)].long()
+    bits = []
+    for part in watch(texts.split(rows), -(-N // rows), f"reading, {attention}: texts"):
+        states, row = None, []
+        for i in range(0, length, piece):
+            tokens = part[:, i:min(i + piece, length) + 1]
+            logits, states, *_ = net(tokens[:, :-1], states, attention)
+            row.append(loss(logits, tokens[:, 1:]))
+        bits.append(torch.cat(row, 1))
+    return torch.cat(bits)
+
+
+@torch.no_grad()
+def code_use(net: TransformerVQ, data: Tensor, length: int) -> list[dict[str, float]]:
+    """For each layer: codes in use (perplexity), dead ones' share, and |k - k_hat|^2 / |k|^2."""
+    *_, commits, seen = net(data[None, :length].long())
+    return [dict(perplexity=layer.book.perplexity().item(),
+                 dead=layer.book.dead().float().mean().item(),
+                 relative_error=(commit / k.square().sum(-1).mean()).item())
+            for layer, commit, (k, _) in zip(net.layers, commits, seen) if layer.book]
+
+
+def recall_text(rows: int, pairs: int, far: bool, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Texts "k v k v ..." (rows, 2 pairs), and how many tokens ago each key was last seen, or 0.
+
+    Each text has its own random map from keys to 8 values. 8 keys at random; far: 16 keys in a
+    cycle, so that each comes again after 32 tokens, never sooner.
+    """
+    keys = 16 if far else 8
+    value = torch.randint(8, (rows, keys), generator=g, device=g.device)
+    if far:
+        cycle = torch.rand(rows, keys, generator=g, device=g.device).argsort(1)
+        which = cycle[:, torch.arange(pairs, device=g.device) % keys]
+    else:
+        which = torch.randint(keys, (rows, pairs), generator=g, device=g.device)
+    i = torch.arange(pairs, device=g.device)
+    earlier = (which[:, :, None] == which[:, None, :]) & (i < i[:, None])
+    last = torch.where(earlier, i, -1).amax(-1)
+    ago = torch.where(last < 0, 0, 2 * (i - last))
+    return torch.stack([which, 128 + value.gather(1, which)], -1).flatten(1), ago
+
+
+def recall(attention: str, far: bool, steps: int, seed: int, device: torch.device
+           ) -> dict[str, float]:
+    """Trains two small layers on recall_text for `steps`: the share of values that each attention
+    of these weights then says right, of keys last seen more than 16 tokens, two windows, ago."""
+    torch.manual_seed(seed)
+    net = TransformerVQ(attention, 64, 2, 32, 128, codes=32, window=8, block=8).to(device)
+    with torch.no_grad():  # the first layer begins with the byte before, the second anywhere
+        net.layers[0].bias.copy_(8 * (torch.arange(9) == 1))
+        net.layers[1].bias.zero_()
+    opt = adam(net, 1e-2, 0.95)
+    for step in range(steps):
+        tokens, _ = recall_text(16, 64, far, generator(device, seed, step, 6))
+        if step == 0:
+            begin_codes(net, tokens, generator(device, seed, 7))
+        set_rate(opt, 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps))
+        logits, _, commits, seen = net(tokens[:, :-1])
+        value = loss(logits[:, ::2], tokens[:, 1::2]).mean() * math.log(2)
+        (value + 1e-3 * commits.sum()).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        renew_codes(net, seen, 0.95, step % 16 == 15, generator(device, seed, step, 7))
+    tokens, ago = recall_text(256, 64, far, generator(device, seed, 8))
+    ways = {"vq": "vq", "cache off": "window", "exact keys": "exact"} if net.layers[0].book else \
+        {attention: attention}
+    right = {}
+    with torch.no_grad():
+        for name, way in ways.items():
+            said = net(tokens[:, :-1], None, way)[0][:, ::2].argmax(-1)
+            right[name] = (said == tokens[:, 1::2])[ago > 16].float().mean().item()
+    return right
+
+
+def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
+    """Prints and draws what the page shows; returns the numbers for metrics.json."""
+    trained = args.update_len * args.segments
+    length = min(4 * trained, args.eval_bytes)
+    ways = {"vq": "vq", "cache off": "window", "exact keys": "exact"} if net.layers[0].book else \
+        {args.attention: args.attention}
+    edges = [0] + [2**k for k in range(5, 31) if 2**k < length] + [length]
+    metrics = dict(trained_length=trained, edges=edges, bits_per_byte={}, by_position={})
+    curves = {}
+    say(f"{'bits per byte at the places':28}" + "".join(f"{f'< {b}':>8}" for b in edges[1:]))
+    for name, way in ways.items():
+        bits = read_along(net, test[:args.eval_bytes + 1], length, args.batch_size,
+                                args.update_len, way)
+        metrics["test_bytes"] = bits.numel()
+        near = bits[:, :trained].mean()
+        means = [bits[:, a:b].mean().item() for a, b in zip(edges, edges[1:])]
+        metrics["bits_per_byte"][name], metrics["by_position"][name] = near.item(), means
+        curves[name] = (edges[1:], means)
+        say(f"  {name:12} {near:.4f} to {trained:<6}" + "".join(f"{mean:8.3f}" for mean in means))
+    draw_curves(Path(args.out) / "bits.svg", f"bits per byte, trained to {trained}",
+                "position", curves, log2=True)
+    metrics["codes"] = code_use(net, test, min(args.update_len, len(test)))
+    say_codes(metrics["codes"], args.codes)
+    if args.recall_steps and RANKS == 1:  # its codebooks would wait for the other ranks
+        metrics["recall"] = {}
+        for name, attention, far in RECALLS:
+            right = recall(attention, far, args.recall_steps, args.seed, test.device)
+            metrics["recall"][name] = right
+            say(f"  recall, {name:38}" + "  ".join(f"{way} {x:.3f}" for way, x in right.items()))
+    return metrics
+
+
+RECALLS = (("trained with vq", "vq", False), ("trained with the window alone", "window", False),
+           ("far only, the post's gradient", "vq", True),
+           ("far only, full straight-through", "quadratic", True))
+
+
+def say_codes(use: list[dict[str, float]], codes: int) -> None:
+    """Prints how the codes of each layer are used."""
+    for i, row in enumerate(use):
+        say(f"  layer {i}: {row['perplexity']:.1f} of {codes} codes in use, "
+            f"{row['dead']:.1%} dead, relative error {row['relative_error']:.3f}")
+
+
+def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namespace) -> str:
+    """Draws `count` texts, always from the same random numbers, into `path`; returns them all."""
+    device = net.embed.weight.device
+    prompt = torch.tensor(list(args.prompt.encode()), device=device).expand(count, -1)
+    g = generator(device, args.sample_seed, 4)
+    texts = sample(net, prompt, args.length, g, args.temperature, args.nucleus)
+    said = f"\n{'-' * 80}\n".join(bytes(text).decode("utf-8", "replace") for text in texts.tolist())
+    path.write_text(said + "\n", "utf-8")
+    return said
+
+
+# ---- training ----
+
+# Random numbers, by key: (seed, k) where the k-th texts begin; (seed, step, RANK, 5) dropout;
+# (seed, 3) the keys that K-means begins with, (seed, step, 3) those that replace dead codes;
+# (sample_seed, 4) texts drawn; recall: (seed, step, 6) and (seed, 8) its texts, (seed, 7) and
+# (seed, step, 7) its codes; weights from torch.manual_seed(seed).
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that each are right, but not together."""
+    keys = args.batch_size * args.update_len
+    for wrong, why in (
+            (keys < args.codes, f"--codes {args.codes}: an update has {keys} keys to choose from"),
+            (args.ema >= 1, "--ema: below 1"),
+            (max(args.dropout, args.drop_sinusoid, args.drop_layer) >= 1, "--dropout, "
+             "--drop-sinusoid, --drop-layer: below 1"),
+            (args.final > 1, "--final: a share of --lr, 1 at most"),
+            (not args.prompt, "--prompt: at least one byte")):
+        if wrong:
+            raise UserError(why)
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Train, validation and test bytes on the device. Raises UserError if a part is too short."""
+    parts = split_text(load_text(args.data, args.cache), device)
+    if len(parts[0]) <= args.update_len * args.segments or len(parts[2]) <= args.eval_bytes:
+        raise UserError(f"--data {args.data}: {len(parts[0])} bytes to train on, {len(parts[2])} "
+                        "to test; --update-len times --segments, --eval-bytes: less than these")
+    return parts
+
+
+def build(args: argparse.Namespace, device: torch.device) -> TransformerVQ:
+    """The model that the flags describe."""
+    torch.manual_seed(args.seed)
+    return TransformerVQ(args.attention, args.width, args.layers, args.d_k, args.d_v, args.codes,
+                         args.window, args.block, args.bias, args.through, args.prefix,
+                         args.dropout, args.drop_sinusoid, args.drop_layer).to(device)
+
+
+def adam(net: TransformerVQ, lr: float, beta2: float) -> torch.optim.Optimizer:
+    """Adam; the tables of B have five times the rate of the rest, see `set_rate`."""
+    names = {f"layers.{i}.bias" for i in range(len(net.layers))}
+    rest, tables = ([p for name, p in net.named_parameters() if (name in names) == table]
+                    for table in (False, True))
+    groups = [dict(params=rest, times=1)] + [dict(params=tables, times=5)] * bool(tables)
+    return torch.optim.Adam(groups, lr=lr, betas=(0.9, beta2), eps=1e-9, fused=True)
+
+
+def set_rate(opt: torch.optim.Optimizer, lr: float) -> None:
+    for group in opt.param_groups:
+        group["lr"] = lr * group["times"]
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine to args.final of the rate."""
+    done = max(0, step - args.warmup) / max(1, args.steps - args.warmup)
+    fall = args.final + (1 - args.final) * (1 + math.cos(math.pi * done)) / 2
+    return args.lr * min(1, (step + 1) / args.warmup) * fall
+
+
+@torch.no_grad()
+def begin_codes(net: TransformerVQ, tokens: Tensor, g: torch.Generator) -> None:
+    """The first codebooks, from the raw keys of a first batch (B, n), if the model has any."""
+    if net.layers[0].book:
+        for layer, (k, _) in zip(net.layers, net(tokens, None, "exact")[3]):
+            layer.book.begin(k.flatten(0, 1).float(), g)
+
+
+@torch.no_grad()
+def renew_codes(net: TransformerVQ, seen: list, decay: float, restart: bool, g: torch.Generator
+                ) -> None:
+    """After an update: the codebooks follow the keys that it saw; with `restart`, dead ones too."""
+    for layer, (k, ids) in zip(net.layers, seen):
+        if layer.book:
+            k = k.flatten(0, 1).float()
+            layer.book.update(k, ids.flatten(), decay)
+            if restart:
+                layer.book.restart(k, g)
+
+
+class Carried:
+    """The states that an update hands to the next, (this rank's rows, ...), a part of ckpt.pt."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.layers, self.rows, self.device = args.layers, args.batch_size, device
+        self.states = self.whole = None
+
+    def keep(self, states: list | None) -> None:
+        """For the next update, to which no gradient goes; None: it begins new texts."""
+        self.states = states and [[x.detach() for x in state] for state in states]
+
+    def gather(self) -> None:
+        """The rows of all ranks, for state_dict; every rank has to call it."""
+        self.whole = self.states and [[all_rows(x) for x in state] for state in self.states]
+
+    def state_dict(self) -> dict:
+        return dict(states=self.whole)
+
+    def load_state_dict(self, saved: dict) -> None:
+        whole = saved["states"] or []
+        if len(whole) not in (0, self.layers) or any(len(x) != self.rows for s in whole for x in s):
+            raise ValueError("states of another shape")
+        self.states = [[mine(x).to(self.device) for x in state] for state in whole] or None
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """x (rows, ...) of all ranks, one after another."""
+    parts = [torch.empty_like(x) for _ in range(RANKS)]
+    if RANKS > 1:
+        torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts) if RANKS > 1 else x
+
+
+def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
+    """The whole run: data, loop, checkpoints, report, metrics.json."""
+    text, valid, test = load_data(args, device)
+    net, carried = build(args, device), Carried(args, device)
+    opt = adam(net, args.lr, args.beta2)
+    parts = dict(model=net, opt=opt, carried=carried)
+    first = restore(state, parts)
+    make_room(args)
+    params = list(net.parameters())
+    decayed = [p.data for p in params if p.ndim > 1]
+    if args.compile:
+        net.compile()
+    wrapped = nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
+    progress = Progress(args, first, sum(p.numel() for p in params),
+                        args.batch_size * args.update_len, "byte")
+    window = torch.arange(args.update_len + 1, device=device)
+
+    def save(step: int, end: bool) -> None:
+        if step % args.segments == 0:
+            carried.keep(None)  # new texts begin
+        carried.gather()
+        save_checkpoint(args, step, parts)
+        if not end and not RANK:
+            net.eval()
+            with autocast(args):
+                some = valid[:args.eval_bytes // 4 + 1]
+                length = min(args.update_len * args.segments, len(some) - 1)
+                bits = read_along(net, some, length, args.batch_size, args.update_len,
+                                        args.attention).mean()
+                say(f"validation {bits:.4f} bits per byte")
+                say_codes(code_use(net, valid, args.update_len), args.codes)
+                draw_texts(net, Path(args.out) / f"samples_{step:06}.txt", args.samples, args)
+
+    for step in training(args, first, save):
+        net.train()
+        lap, segment = divmod(step, args.segments)
+        g = generator(device, args.seed, lap)
+        starts = torch.randint(len(text) - args.segments * args.update_len, (args.batch_size, 1),
+                               generator=g, device=device)
+        tokens = text[mine(starts) + segment * args.update_len + window].long()  # (B, n + 1)
+        if segment == 0:
+            carried.keep(None)
+        if step == 0:
+            with autocast(args):
+                begin_codes(net, tokens[:, :-1], generator(device, args.seed, 3))
+        torch.manual_seed(generator("cpu", args.seed, step, RANK, 5).initial_seed())  # dropout
+        lr = learning_rate(step, args)
+        set_rate(opt, lr)
+        with autocast(args):
+            logits, states, commits, seen = wrapped(tokens[:, :-1], carried.states)
+            bits = loss(logits, tokens[:, 1:]).mean()
+        (bits * math.log(2) + args.commit * commits.sum()).backward()
+        nn.utils.clip_grad_norm_(params, args.clip_grad)
+        opt.step()
+        opt.zero_grad()
+        if args.weight_decay:  # not times the rate, as in the paper's code
+            torch._foreach_mul_(decayed, 1 - args.weight_decay)
+        renew_codes(net, seen, args.ema, args.restart and segment == args.segments - 1,
+                    generator(device, args.seed, step, 3))
+        carried.keep(states)
+        progress.add(step + 1, bits=bits.detach(), commit=commits.detach().sum(), lr=lr)
+    if RANK:
+        return
+    seconds = time.perf_counter() - progress.begin
+    net.eval()
+    with autocast(args):
+        metrics = report(net, test, args)
+        begin = time.perf_counter()
+        say(draw_texts(net, Path(args.out) / "samples.txt", args.samples, args))
+    trained = (args.steps - first) * args.batch_size * args.update_len
+    write_metrics(args, metrics | dict(
+        step=args.steps, seed=args.seed, attention=args.attention, train_seconds=seconds,
+        bytes_per_second=trained / seconds, sample_seconds=time.perf_counter() - begin))
+
+
+def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> None:
+    """Draws --sample-only texts from the weights in ckpt.pt, whatever device made them."""
+    net = build(args, device).eval()
+    restore(state, dict(model=net))
+    path = Path(args.out) / "samples_only.txt"
+    with autocast(args):
+        say(draw_texts(net, path, args.sample_only, args))
+    say(str(path))
+
+
+# ---- command line ----
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    experiment = dict(  # --paper: enwik8, as the paper's scripts/lm_enwik8.sh
+        # flag       CPU        --gpu      --paper   least  meaning
+        data=       ("python",  "python",  "enwik8",  None, "python (the standard library's "
+                     "sources), shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz .zip"),
+        steps=      (2000,      3000,      125_000,   1, "in all, resumed ones included"),
+        batch_size= (4,         16,        128,       1, "global, over all processes"),
+        seed=       (0,                               0, "of weights, texts and codes"),
+        attention=  ("vq",      ATTENTIONS, "vq is 9844 (10); exact has raw keys, window no cache, "
+                     "quadratic is (2) with every key's gradient"),
+        update_len= (128,       2048,                 1, "bytes of a row in an update"),
+        segments=   (16,        8,         4,         1, "updates on a text, the state carried on"),
+        width=      (128,       512,       768,       1, "channels"),
+        layers=     (3,         12,        48,        1, "gated attention units"),
+        d_k=        (64,        128,                  1, "width of a key, 9844 (1)"),
+        d_v=        (256,       1024,      1536,      1, "width of a value, 9844 (1)"),
+        codes=      (64,        512,                  1, "c, vectors in a codebook, 9844 (2)"),
+        window=     (32,        512,                  0, "M, distances that have a B, 9844 (9)"),
+        block=      (32,        512,                  1, "l, tokens computed at once, 9844 (10)"),
+        bias=       ("toeplitz", "toeplitz", "xl",    ("toeplitz", "xl"), "B: a number for each "
+                     "distance, or the paper's, which also depends on the query"),
+        through=    (False,                           None, "gradients reach values through the "
+                     "cache, inside an update"),
+        prefix=     ("loop",    "cumsum",             ("loop", "cumsum"), "how U_i of 9844 (10) is "
+                     "summed: block by block, or all at once while that fits 1 GiB"),
+        ema=        (0.95,      0.99,                 0, "decay of the codebook's averages"),
+        commit=     (1e-3,      1e-3,      1e-4,      0, "weight of the commitment loss"),
+        restart=    (True,      True,      False,     None, "dead codes, where a new text begins"),
+        dropout=    (0.0,       0.0,       0.5,       0, "of what a layer adds"),
+        drop_sinusoid=(0.0,     0.0,       0.2,       0, "of the paper's B"),
+        drop_layer= (0.0,       0.0,       0.3,       0, "of whole layers"),
+        lr=         (6e-3,      2e-3,      4e-4,      0, "Adam's learning rate at its height"),
+        warmup=     (50,        200,       10_000,    1, "steps of linear warm-up"),
+        final=      (0.05,      0.05,      0.1,       0, "share of the rate at the end"),
+        beta2=      (0.95,      0.95,      0.98,      0, "Adam's second decay"),
+        weight_decay=(0.0,      0.0,       2e-4,      0, "each step, of all matrices"),
+        clip_grad=  (1.0,       1.0,       0.1,       0, "largest norm of the gradient"),
+    )
+    others = dict(
+        paper=      (False,                           None, "the paper's enwik8 model, whole"),
+        save_every= (1000,      1000,                 1, "steps between checkpoints"),
+        eval_bytes= (65_536,    1_048_576,            64, "of the test text that are used"),
+        recall_steps=(160,                            0, "of the recall task's training; 0: none, "
+                     "nor on several ranks"),
+        samples=    (3,                               1, "texts drawn"),
+        length=     (400,       1000,                 1, "bytes of such a text"),
+        prompt=     ("def ",                          None, "how they begin"),
+        temperature=(1.0,                             0.01, "of drawing a byte"),
+        nucleus=    (0.92,      0.92,      0.9,       0.01, "probability of the bytes drawn from"),
+        sample_seed=(0,                               0, "of the texts drawn"),
+        sample_only=(0,                               0, "only draw as many texts, from ckpt.pt"),
+    )
+    return read_flags("transformer_vq", __doc__.partition("\n")[0], argv, experiment, others)
+
+
+# ---- plumbing: the same text in every script that needs it ----
+
+# === shared: setup ===
+RANK, LOCAL_RANK, RANKS = (int(os.environ.get(name, default)) for name, default in
+                           (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # by torchrun
+STOP: list[BaseException] = []  # why training has to save and end: a signal, a log that is gone
+
+
+class UserError(Exception):
+    """Wrong input, alike on all ranks: one line that says what to do; exit code 2."""
+
+
+def setup(args: argparse.Namespace) -> torch.device:
+    """The device that --gpu asks for, and the process group of torchrun. Raises UserError."""
+    if args.batch_size % RANKS:
+        raise UserError(f"--batch-size {args.batch_size}: {RANKS} processes cannot share it evenly")
+    if args.gpu:
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if there < wanted:
+            raise UserError(f"--gpu: {there} of {wanted} CUDA devices found; leave --gpu out to "
+                            "run on the CPU")
+        torch.cuda.set_device(LOCAL_RANK)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = not args.fp32
+        torch.set_float32_matmul_precision("highest" if args.fp32 else "high")
+    if RANKS > 1:
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
+    return torch.device(f"cuda:{LOCAL_RANK}" if args.gpu else "cpu")
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """Inside, networks on a GPU compute in bfloat16, unless --fp32."""
+    return torch.autocast("cuda" if args.gpu else "cpu", torch.bfloat16,
+                          enabled=args.gpu and not args.fp32)
+
+
+def mine(rows: Tensor) -> Tensor:
+    """This rank's slice of a tensor for the whole global batch."""
+    return rows.chunk(RANKS)[RANK]
+
+
+def generator(device: torch.device | str, *key: int) -> torch.Generator:
+    """Random numbers that depend on `key` alone, say (seed, step), not on what was drawn before."""
+    mixed = np.random.SeedSequence((len(key), *key))  # or (0,) and (0, 0) would be one stream
+    return torch.Generator(device).manual_seed(int(mixed.generate_state(1, np.uint64)[0]))
+
+
+def tell(stream: str, text: str, end: str = "\n") -> None:
+    """Prints on sys.stdout or sys.stderr; that nobody listens any more is no reason to lose a run."""
+    try:
+        print(text, end=end, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w"))
+
+
+def say(text: str, live: bool = False) -> None:
+    """Prints a line, on rank 0; on a terminal the next one takes the place of a `live` one."""
+    terminal = sys.stdout.isatty()
+    if not RANK:
+        tell("stdout", "\r\033[K" * terminal + text, "" if live and terminal else "\n")
+
+
+@contextmanager
+def on_signals(act: Callable) -> Iterator[None]:
+    """Inside, SIGINT, SIGTERM and SIGHUP do `act`; one that is ignored, as by nohup, stays so."""
+    kinds = [getattr(signal, k) for k in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, k)]
+    before = {k: signal.getsignal(k) for k in kinds if signal.getsignal(k) != signal.SIG_IGN}
+    try:
+        for kind in before:
+            signal.signal(kind, act)
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
+    """The exit code of body(args, device, state), once `check` has passed the flags: what stops it
+    becomes one line, and 2 for wrong input, 1 for a failure, 130 if interrupted."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # a terminal may not spell every sample
+    try:
+        with on_signals(signal.default_int_handler):
+            device = setup(args)
+            state = resume_run(args) if args.resume else None
+            check(args)
+            body(args, device, state)
+        return 0
+    except (KeyboardInterrupt, UserError, OSError, FloatingPointError, MemoryError,
+            RuntimeError) as error:
+        line = str(error).partition("\n")[0] or type(error).__name__
+        lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
+        if isinstance(error, RuntimeError) and not (lost or re.search("allocate|memory", line)):
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            saved = args.own and (Path(args.out) / "ckpt.pt").exists()
+            line = "interrupted" + f"; saved, --out {args.out} --resume goes on" * saved
+        alike = KeyboardInterrupt, UserError, FloatingPointError  # on all ranks
+        if not (RANK and (lost or isinstance(error, alike))):
+            tell("stderr", "\n" * sys.stdout.isatty() + f"{args.script}.py: {line}")
+        wrong = UserError, PermissionError, NotADirectoryError
+        return 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, wrong) else 1
+    finally:
+        if torch.distributed.is_initialized():
+            gc.collect()  # the cycles of DDP keep the group alive: its threads would abort exit
+            torch.distributed.destroy_process_group()
+# === end shared ===
+
+
+# === shared: download ===
+def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
+    """The file `name` in `cache`, fetched once, by rank 0, from the first of `urls` that answers.
+
+    digest: how its SHA-256 begins. Torch gives the file its name only when that agrees: half a
+    download never passes for a whole one. Raises UserError; OSError for a full disk.
+    """
+    path = Path(cache).expanduser() / name
+    if RANK:
+        torch.distributed.barrier()
+    for url in urls:
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            print(f"{url}: {error}", file=sys.stderr)
+    if RANKS > 1 and not RANK:
+        torch.distributed.barrier()
+    if not path.exists():
+        raise UserError(f"cannot download {name}: put the file from {urls[0]} at {path}")
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+        raise UserError(f"{path}: damaged, its SHA-256 does not begin with {digest}; delete it")
+    return path
+# === end shared ===
+
+
+# === shared: flags ===
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Reads 1,2,2 as (1, 2, 2)."""
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def shown(value) -> str:
+    """A flag's value as one types it."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def read_flags(script: str, title: str, argv: list[str] | None, experiment: dict,
+               others: dict) -> argparse.Namespace:
+    """The flags of two tables, and those that all scripts share; a wrong one ends in a line, 2.
+
+    A row: the defaults on the CPU, with --gpu, with --paper (the last one stands for the rest),
+    the least number or the words allowed, the meaning. A flag reads what its default is. --resume
+    takes `experiment`, args.config, from the checkpoint; args.given are those given by hand.
+    """
+    others = others | dict(
+        gpu=(False, None, "use CUDA, or stop if there is none; has its own defaults"),
+        out=(f"out/{script}", None, "where all is written; if it is taken, OUT.1, OUT.2, ..."),
+        resume=(False, None, "go on from ckpt.pt in OUT; without --out in the newest of them"),
+        cache=("~/.cache/kexue", None, "where downloads are kept"),
+        fp32=(False, None, "with --gpu: neither bfloat16 nor TF32"),
+        compile=(False, None, "torch.compile the network"))
+    rows = experiment | others
+    p = argparse.ArgumentParser(f"{script}.py", "%(prog)s [--flag VALUE ...]", title,
+                                allow_abbrev=False)
+    kept = p.add_argument_group("the experiment, which --resume takes from the checkpoint")
+    free = p.add_argument_group("this run")
+    reads = {tuple: (whole_numbers, "N,N"), int: (int, "N"), float: (float, "X")}
+    for name, (*defaults, allowed, meaning) in rows.items():
+        said = [f"{where}{shown(v)}" for where, v in zip(("", "--gpu ", "--paper "), defaults)]
+        kind = type(defaults[0])
+        reader, metavar = reads.get(kind, (str, "TEXT"))
+        how = dict(action=argparse.BooleanOptionalAction if any(defaults) else "store_true") \
+            if kind is bool else dict(choices=allowed) if isinstance(allowed, tuple) else \
+            dict(type=reader, metavar=metavar, nargs="+" if kind is list else None)
+        (kept if name in experiment else free).add_argument(
+            f"--{name.replace('_', '-')}", default=argparse.SUPPRESS,
+            help=f"{meaning} (default: {'; '.join(said)})", **how)
+    args = p.parse_args(argv)
+    args.given, args.config = set(vars(args)), list(experiment)
+    args.script, args.own = script, False
+    column = 2 if "paper" in args.given else 1 if "gpu" in args.given else 0
+    for name, (*defaults, allowed, _) in rows.items():
+        value = vars(args).setdefault(name, defaults[min(column, len(defaults) - 1)])
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(allowed, (int, float)) and not allowed <= number < 2**63:
+                p.error(f"--{name.replace('_', '-')} {shown(value)}: from {allowed} to 2**63")
+    args.resume |= bool(vars(args).get("sample_only"))  # which needs the checkpoint
+    return args
+# === end shared ===
+
+
+# === shared: checkpoint ===
+def put(path: Path, body: bytes) -> None:
+    """Writes a whole file beside `path`, then renames it: an interrupted save harms nothing."""
+    part = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it
+        part.write_bytes(body)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def make_room(args: argparse.Namespace) -> None:
+    """A folder of this run's own: OUT, or OUT.1, OUT.2, ... if taken; goes into args.out."""
+    out, k = Path(args.out), itertools.count(1)
+    if not out.name.strip("."):
+        raise UserError(f"--out {args.out}: name a folder of the run's own")
+    while not (RANK or args.own):
+        try:
+            Path(args.out).mkdir(parents=True)
+            args.own = True
+        except FileExistsError:
+            args.out = f"{out}.{next(k)}"
+
+
+def save_checkpoint(args: argparse.Namespace, step: int, parts: dict, **more) -> None:
+    """Writes OUT/ckpt.pt: the flags, the step, the state of each of `parts`, and `more`.
+
+    Raises FloatingPointError if a weight is no longer finite: the older file stays.
+    """
+    path, nets = Path(args.out) / "ckpt.pt", [v for v in parts.values() if isinstance(v, nn.Module)]
+    if not all(p.isfinite().all() for net in nets for p in net.parameters()):
+        raise FloatingPointError(f"a weight is no longer finite; {path}, if there, is from before")
+    if not RANK:
+        config, buffer = {name: getattr(args, name) for name in args.config}, io.BytesIO()
+        states = {name: part.state_dict() for name, part in parts.items()}
+        torch.save(dict(script=args.script, step=step, config=config, **more) | states, buffer)
+        put(path, buffer.getbuffer())
+
+
+def newest(args: argparse.Namespace, name: str) -> Path:
+    """The file `name` in OUT; without --out, the newest in OUT, OUT.1, ... Raises UserError."""
+    out = Path(args.out)
+    places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
+    files = [place / name for place in places if (place / name).is_file()]
+    if not files:
+        raise UserError(f"{out / name}: no such file")
+    return max(files, key=lambda file: file.stat().st_mtime)
+
+
+class State(dict):
+    """What is in a checkpoint; to ask for what is not raises UserError."""
+
+    def __missing__(self, name: str):
+        raise UserError(f"ckpt.pt: has no {name}; it is damaged, or of another version")
+
+
+def resume_run(args: argparse.Namespace) -> dict:
+    """The checkpoint to go on from, on the CPU; its flags go into args, and its folder.
+
+    Raises UserError for any file but a whole one of this script, and if a flag given by hand
+    contradicts it; only --steps may be more, and --data lie elsewhere.
+    """
+    path = newest(args, "ckpt.pt")
+    args.out, args.own = str(path.parent), True
+    try:
+        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
+            raise ValueError
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        config = {name: state["config"][name] for name in args.config}
+        kinds = [(state["script"], args.script), (state["step"], args.steps)]
+        kinds += [(value, getattr(args, name)) for name, value in config.items()]
+        if state["script"] != args.script or any(type(a) is not type(b) for a, b in kinds):
+            raise ValueError
+    except Exception:  # torch raises a dozen kinds
+        raise UserError(f"{path}: not a checkpoint of this {args.script}.py, or damaged") from None
+    for name, old in config.items():
+        new = vars(args)[name] if name in args.given else old
+        if new != old and name not in ("steps", "data"):
+            raise UserError(f"--{name.replace('_', '-')} {shown(new)}: the checkpoint has "
+                            f"{shown(old)}; leave the flag out, or begin anew")
+        setattr(args, name, new)
+    if state["step"] > args.steps:
+        raise UserError(f"--steps {args.steps}: the checkpoint has {state['step']} already")
+    return State(state)
+
+
+def restore(state: dict | None, parts: dict) -> int:
+    """Puts the checkpoint's state into `parts`, name by name; the step to go on from, or 0."""
+    for name, part in parts.items() if state else ():
+        try:
+            part.load_state_dict(state[name])
+            for p, moments in getattr(part, "state", {}).items():  # an optimiser does not look
+                if any(m.shape not in ((), p.shape) for m in moments.values()):
+                    raise ValueError
+        except Exception:  # torch raises half a dozen kinds
+            raise UserError(f"ckpt.pt: its {name} is damaged, or does not fit the flags") from None
+    return state["step"] if state else 0
+
+
+def write_metrics(args: argparse.Namespace, metrics: dict) -> None:
+    """Writes OUT/metrics.json, where what is not finite is null, and says where all is."""
+    finite = json.loads(json.dumps(metrics), parse_constant=lambda _: None)
+    put(Path(args.out) / "metrics.json", (json.dumps(finite, indent=1) + "\n").encode())
+    say(f"all of it is in {args.out}/")
+# === end shared ===
+
+
+# === shared: progress ===
+def training(args: argparse.Namespace, first: int, save: Callable) -> Iterator[int]:
+    """The steps first, ..., args.steps - 1. Calls save(step, end) every args.save_every of them and
+    at the end. A signal ends them early, on all ranks alike, and is raised once that is saved; a
+    second one at once."""
+    told = []
+
+    def note(*_) -> None:
+        told.append(time.monotonic())
+        STOP.append(KeyboardInterrupt())
+        if told[-1] > told[0] + 1:  # torchrun hands one Ctrl-C on a second time
+            raise KeyboardInterrupt
+
+    STOP.clear()
+    with on_signals(note):
+        for step in itertools.count(first):
+            stop = torch.tensor(float(bool(STOP)))  # a copy: a signal may come at any moment
+            if RANKS > 1:
+                torch.distributed.all_reduce(stop)
+            end = step == args.steps or bool(stop)
+            if end or step > first and step % args.save_every == 0:
+                save(step, end)
+            if end:
+                break
+            yield step
+    if stop or STOP:
+        raise STOP[0] if STOP else KeyboardInterrupt
+
+
+def watch(items: Iterable, total: int, what: str) -> Iterator:
+    """The items, and every few seconds a line on how many of `total` are done."""
+    begin = then = time.perf_counter()
+    for k, item in enumerate(items):
+        now = time.perf_counter()
+        if k and now - then > (0.5 if sys.stdout.isatty() else 10):
+            eta = timedelta(seconds=int((total - k) * (now - begin) / k))
+            say(f"{what} {k}/{total}  eta {eta}", live=True)
+            then = now
+        yield item
+
+
+class Progress:
+    """A line every few seconds, rewritten in place on a terminal, and a row in OUT/log.csv."""
+
+    def __init__(self, args: argparse.Namespace, step: int, parameters: int, items: int, unit: str):
+        """items: of `unit`, seen in a step. Begins with what runs, where and how."""
+        self.log, self.steps = Path(args.out) / "log.csv", args.steps
+        self.items, self.unit = items, unit
+        self.first, self.shown, self.sums = step, step, {}
+        self.begin = self.then = time.perf_counter()
+        where = torch.cuda.get_device_name() if args.gpu else \
+            f"CPU, {torch.get_num_threads()} threads"
+        how = "bfloat16 and TF32" if args.gpu and not args.fp32 else "float32"
+        say(f"{' '.join(sys.argv)}\n{where} x {RANKS}, torch {torch.__version__}, {how}"
+            f"{', compiled' * args.compile}, {parameters:,} parameters, all goes to {args.out}/")
+        if not RANK and self.log.exists():  # rows after the checkpoint will be made again
+            rows = [row for row in self.log.read_text().splitlines(True) if row[-1] == "\n"]
+            rows[1:] = [row for row in rows[1:] if float(row.partition(",")[0]) <= step]
+            put(self.log, "".join(rows).encode())
+
+    def add(self, step: int, **values: Tensor | float) -> None:
+        """Takes a step's values; shows their means at first, at last, and every few seconds.
+
+        Raises FloatingPointError if one is not finite. A log that cannot be written stops the run.
+        """
+        for name, value in values.items():  # no item(): that would wait for the GPU
+            self.sums[name] = self.sums.get(name, 0) + value
+        now, wait = time.perf_counter(), 0.5 if sys.stdout.isatty() else 10
+        if RANK or now - self.then < wait and step not in (self.first + 1, self.steps):
+            return
+        count, elapsed = step - self.shown, now - self.begin
+        row = dict(step=step, items=step * self.items, rate=count * self.items / (now - self.then),
+                   elapsed=elapsed, **{k: float(v) / count for k, v in self.sums.items()})
+        self.shown, self.then, self.sums = step, now, {}
+        eta = (self.steps - step) * elapsed / (step - self.first)
+        said = "".join(f"{name} {row[name]:.4g}  " for name in values)
+        bar = f"[{'#' * (20 * step // self.steps):20}] " * sys.stdout.isatty()
+        say(f"{bar}step {step}/{self.steps}  {said}{row['rate']:.0f} {self.unit}/s  elapsed "
+            f"{timedelta(seconds=int(elapsed))}  eta {timedelta(seconds=int(eta))}",
+            live=step < self.steps)
+        if not all(map(math.isfinite, row.values())):
+            raise FloatingPointError(f"step {step}: {said} ckpt.pt, if there, is from before")
+        try:
+            with open(self.log, "a") as file:
+                if not file.tell():
+                    print(*row, sep=",", file=file)
+                print(*row.values(), sep=",", file=file)
+        except OSError as error:
+            STOP.append(error)  # so that the loop saves first
+# === end shared ===
+
+
+# === shared: curves ===
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers, 2 to 8 of them: the first is at most `low`, the last at least `high`."""
+    span = high - low or abs(low) or 1
+    power = 10 ** math.floor(math.log10(span / 6))
+    step = next(k * power for k in (1, 2, 5, 10) if 6 * k * power >= span)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
+
+
+def draw_curves(path: Path, title: str, x_label: str, curves: dict[str, tuple[list, list]],
+                log2: bool = False) -> None:
+    """Writes an SVG: for each name a line through its points (x, y), with a gap where y is not
+    finite; log2: x > 0 by powers of 2."""
+    place = math.log2 if log2 else float
+    lines = {name: [(place(x), float(y)) for x, y in zip(*xy)] for name, xy in curves.items()}
+    seen = [p for points in lines.values() for p in points if math.isfinite(p[1])] or [(0, 0)]
+    across, up = (ticks(min(values), max(values)) for values in zip(*seen))
+
+    def at(x: float, y: float) -> str:
+        return (f"{60 + 480 * (x - across[0]) / (across[-1] - across[0]):.1f},"
+                f"{290 - 240 * (y - up[0]) / (up[-1] - up[0]):.1f}")
+
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="680" height="340" font-size="12" '
+           'font-family="sans-serif"><rect width="680" height="340" fill="#fff"/>',
+           f'<text x="60" y="30" font-size="15">{html.escape(title)}</text>',
+           f'<text x="540" y="328" text-anchor="end">{html.escape(x_label)}</text>']
+    for y in up:
+        svg += [f'<path d="M{at(across[0], y)}H540" stroke="#ddd"/>',
+                f'<text x="52" y="{at(0, y).partition(",")[2]}" dy="4" text-anchor="end">{y:.4g}'
+                '</text>']
+    for x in across:
+        svg.append(f'<text x="{at(x, 0).partition(",")[0]}" y="308" text-anchor="middle">'
+                   f'{2 ** x if log2 else x:.4g}</text>')
+    colours = itertools.cycle(["#0b62a4", "#d1495b", "#2e8b57", "#e0a100", "#7b52ab", "#555"])
+    for row, ((name, points), colour) in enumerate(zip(lines.items(), colours)):
+        line, pen = "", "M"
+        for x, y in points:
+            line += f"{pen}{at(x, y)}" if math.isfinite(y) else ""
+            pen = "L" if math.isfinite(y) else "M"
+        svg += [f'<path d="{line}" fill="none" stroke="{colour}" stroke-width="2"/>',
+                f'<text x="550" y="{62 + 20 * row}" fill="{colour}">{html.escape(name)}</text>']
+    path.write_text("\n".join(svg) + "\n</svg>\n", "utf-8")
+# === end shared ===
+
+
+# === shared: text ===
+TEXTS = {  # where to get it, and its SHA-256
+    "shakespeare": ("shakespeare.txt", ["https://raw.githubusercontent.com/karpathy/char-rnn/"
+                                        "master/data/tinyshakespeare/input.txt"],
+                    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),
+    "enwik8": ("enwik8.zip", ["http://mattmahoney.net/dc/enwik8.zip"],
+               "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"),
+    "text8": ("text8.zip", ["http://mattmahoney.net/dc/text8.zip"],
+              "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232")}
+
+
+def load_text(data: str, cache: str) -> list[bytes]:
+    """The documents of `data`: python (the standard library's sources, mixed, always in one order),
+    shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz; of a .zip every member is one.
+
+    Raises UserError for anything else, or where there is nothing to read.
+    """
+    path = download(*TEXTS[data], cache) if data in TEXTS else Path(data).expanduser()
+    try:
+        if data == "python":
+            root = Path(sysconfig.get_path("stdlib"))
+            names = [p.relative_to(root) for p in root.rglob("*.py")]
+            names = [p for p in names if not {"test", "tests", "idle_test", "site-packages",
+                                              "dist-packages"} & set(p.parts)]
+            names.sort(key=lambda p: hashlib.md5(p.as_posix().encode()).digest())
+            documents = [(root / p).read_bytes() for p in names]
+        elif path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                documents = [archive.read(name) for name in sorted(archive.namelist())]
+        else:
+            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
+            with unpack(path, "rb") as file:
+                documents = [file.read()]
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--data {data}: no such file, nor one of the names python, "
+                        f"{', '.join(TEXTS)}") from None
+    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
+    if not any(documents):
+        raise UserError(f"--data {data}: nothing in it")
+    return [document for document in documents if document]
+
+
+def split_text(documents: list[bytes], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Train, validation and test bytes, uint8 (T,) on the device: 90 %, then 5 % and 5 %."""
+    whole = torch.frombuffer(bytearray(b"\n".join(documents)), dtype=torch.uint8).to(device)
+    return whole.split([len(whole) - 2 * (len(whole) // 20), len(whole) // 20, len(whole) // 20])
+# === end shared ===
+
+
+# ---- main ----
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parse_args(argv)
+    return run(sample_only if args.sample_only else train, args, check_flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
