@@ -118,7 +118,7 @@ def tear_down(x0: Tensor, noise: Tensor, s: Schedule) -> Tensor:
     """9119 (2): all of x_0, ..., x_T, (T+1, C, H, W), from x0 (C, H, W) and noise (T, C, H, W)."""
     way = [x0[None]]
     for t, eps in enumerate(noise, start=1):  # 9119 (2)
-        way.append(diffuse_once(way[-1], torch.tensor([t], device=x0.device), eps, s))
+        way.append(diffuse_once(way[-1], torch.full((1,), t, device=x0.device), eps, s))
     return torch.cat(way)
 
 
@@ -156,9 +156,9 @@ def sample(net: nn.Module, xT: Tensor, g: torch.Generator, sigma: Tensor, clip: 
 
     sigma as in step_back; clip: see clip_eps.
     """
-    x = xT
+    T, x = len(sigma) - 1, xT
     yield x
-    for step in range(len(sigma) - 1, 0, -1):
+    for step in range(T, 0, -1):
         t = torch.full((len(x),), step, device=x.device)
         e = net(x, t)
         if clip:
@@ -224,9 +224,9 @@ def bits_per_dim(net: nn.Module, x0: Tensor, g: torch.Generator, kind: str, clip
     if kind == "zero":
         raise ValueError("sigma zero has no density")
     T, s64 = len(s["alpha"]) - 1, {name: row.double() for name, row in s.items()}
-    q, p = sigmas("posterior", s64), sigmas(kind, s64)
+    q, p = sigmas("posterior", s64), sigmas(kind, s64)  # of the true step back and of the net's
     p[1] = q[1] = q[2]  # departs: no bin can be integrated with sigma_1 = 0; as Ho et al.
-    none, exact = torch.zeros_like(x0), x0.double()
+    no_z, exact = torch.zeros_like(x0), x0.double()
     mean, var = s64["bar_alpha"][T] * exact, s64["bar_beta"][T].square()
     nats = 0.5 * (mean.square() + var - 1 - var.log()).sum((1, 2, 3))  # the prior's
     for step in range(T, 0, -1):
@@ -236,11 +236,11 @@ def bits_per_dim(net: nn.Module, x0: Tensor, g: torch.Generator, kind: str, clip
         e = net(xt, t)
         if clip:
             e = clip_eps(xt, t, e, s)
-        mu = step_back(xt.double(), t, e.double(), none, p, s64)
+        mu = step_back(xt.double(), t, e.double(), no_z, p, s64)
         if step == 1:
             nats -= log_bin(exact, mu, p[1]).sum((1, 2, 3))
         else:
-            want = step_back(xt.double(), t, eps.double(), none, p, s64)  # Bayes: (16) with eps
+            want = step_back(xt.double(), t, eps.double(), no_z, p, s64)  # Bayes: (16) with eps
             ratio = (q[step] / p[step]).square()
             kl = 0.5 * (ratio - 1 - ratio.log() + ((want - mu) / p[step]).square())
             nats += kl.sum((1, 2, 3))
@@ -287,7 +287,8 @@ class Attention(nn.Module):
         self.out = started(nn.Conv2d(channels, channels, 1), gain=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].chunk(3, dim=-1)  # (B, 1, HW, C)
+        qkv = self.qkv(self.norm(x)).flatten(2).mT.contiguous()  # (B, HW, 3C), as fast kernels want
+        q, k, v = qkv[:, None].chunk(3, dim=-1)  # (B, 1, HW, C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h[:, 0].mT.reshape(x.shape))
 
@@ -295,20 +296,20 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Residual block: GroupNorm, swish, conv twice, the time in between; then perhaps attention."""
 
-    def __init__(self, inputs: int, outputs: int, time: int, dropout: float, attend: bool,
+    def __init__(self, inputs: int, outputs: int, code: int, dropout: float, attend: bool,
                  scale_shift: bool):
         super().__init__()
         self.norm1, self.norm2 = norm(inputs), norm(outputs)
         self.conv1 = started(nn.Conv2d(inputs, outputs, 3, padding=1))
         self.conv2 = started(nn.Conv2d(outputs, outputs, 3, padding=1), gain=0)
         self.scale_shift = scale_shift
-        self.time = started(nn.Linear(time, 2 * outputs if scale_shift else outputs))
+        self.time = started(nn.Linear(code, 2 * outputs if scale_shift else outputs))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()  # Dropout(0) draws as well
         self.skip = started(nn.Conv2d(inputs, outputs, 1)) if inputs != outputs else nn.Identity()
         self.attention = Attention(outputs) if attend else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        h, time = self.conv1(F.silu(self.norm1(x))), self.time(time)[:, :, None, None]
+    def forward(self, x: Tensor, code: Tensor) -> Tensor:
+        h, time = self.conv1(F.silu(self.norm1(x))), self.time(code)[:, :, None, None]
         if self.scale_shift:  # departs: the paper adds; Dhariwal and Nichol 2021 multiply as well
             scale, shift = time.chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
@@ -342,26 +343,26 @@ class UNet(nn.Module):
                  blocks: int = 2, attention: tuple[int, ...] = (1,), dropout: float = 0.1,
                  patch: int = 1, scale_shift: bool = False):
         super().__init__()
-        self.width, self.patch, time = width, patch, 4 * width
-        self.time = nn.Sequential(started(nn.Linear(width, time)), nn.SiLU(),
-                                  started(nn.Linear(time, time)), nn.SiLU())
+        self.width, self.patch, code = width, patch, 4 * width
+        self.time = nn.Sequential(started(nn.Linear(width, code)), nn.SiLU(),
+                                  started(nn.Linear(code, code)), nn.SiLU())
         self.first = started(nn.Conv2d(channels * patch ** 2, width, 3, padding=1))
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips, last, lowest = [width], width, len(mults) - 1
         for level, c in enumerate(width * m for m in mults):
             for _ in range(blocks):
-                self.down.append(Block(last, c, time, dropout, level in attention, scale_shift))
+                self.down.append(Block(last, c, code, dropout, level in attention, scale_shift))
                 skips.append(last := c)
             if level < lowest:
                 self.down.append(started(nn.Conv2d(c, c, 3, stride=2, padding=1)))
                 skips.append(c)
-        self.middle = nn.ModuleList([Block(last, last, time, dropout, attend, scale_shift)
+        self.middle = nn.ModuleList([Block(last, last, code, dropout, attend, scale_shift)
                                      for attend in (True, False)])
         for level in range(lowest, -1, -1):
             for k in range(blocks + 1):
                 grows, c = k == 0 and level < lowest, width * mults[level]
                 grow = started(Grow(last, last, 3)) if grows else nn.Identity()
-                block = Block(last + skips.pop(), c, time, dropout, level in attention, scale_shift)
+                block = Block(last + skips.pop(), c, code, dropout, level in attention, scale_shift)
                 self.up.append(nn.ModuleList([grow, block]))
                 last = c
         self.norm = norm(last)
@@ -369,19 +370,19 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        time = self.time(time_code(t, self.width).to(x.dtype))  # (B, 4 width)
+        code = self.time(time_code(t, self.width).to(x.dtype))  # (B, 4 width)
         h = F.pad(x, (0, -width % self.patch, 0, -height % self.patch))
         h = self.first(F.pixel_unshuffle(h, self.patch))  # (B, width, H/p, W/p)
         skips = [h]
         for layer in self.down:
-            h = layer(h, time) if isinstance(layer, Block) else layer(h)
+            h = layer(h, code) if isinstance(layer, Block) else layer(h)
             skips.append(h)
         for block in self.middle:
-            h = block(h, time)
+            h = block(h, code)
         for grow, block in self.up:
             skip = skips.pop()
             h = grow(h)[..., :skip.shape[2], :skip.shape[3]]
-            h = block(torch.cat([h, skip], 1), time)
+            h = block(torch.cat([h, skip], 1), code)
         h = F.pixel_shuffle(self.last(F.silu(self.norm(h))), self.patch)
         return h[..., :height, :width].to(x.dtype)
 
@@ -432,7 +433,7 @@ def held_out_loss(net: nn.Module, x: Tensor, seed: int, batch: int, s: Schedule)
     x = x[torch.randperm(len(x), generator=g, device=x.device)]  # no order may meet that of t
     pieces = zip(x.split(batch), t.split(batch), eps.split(batch))
     losses = torch.cat([loss(net, to_float(x0), k, e, s) for x0, k, e in pieces])
-    return [part.mean().item() for part in losses.tensor_split(10)]
+    return torch.stack([part.mean() for part in losses.tensor_split(10)]).tolist()
 
 
 def nearest(x: Tensor, train: Tensor) -> Tensor:
@@ -459,7 +460,7 @@ def draw(net: nn.Module, shape: tuple[int, ...], count: int, steps: int, args: a
             if first == 0:
                 way.append(x[0].clone())  # a view would keep the whole batch alive
         pictures.append(to_uint8(x))
-    return torch.cat(pictures), to_uint8(torch.stack(way))
+    return torch.cat(pictures), to_uint8(torch.stack(way)).cpu()
 
 
 def bound(net: nn.Module, x: Tensor, args: argparse.Namespace, s: Schedule) -> dict:
@@ -489,11 +490,10 @@ def report(net: nn.Module, ema: nn.Module, x: Tensor, x_test: Tensor, args: argp
     write_png(out / "nearest.png", grid(torch.cat([few, nearest(few, x)]), len(few)))
     g = generator(x.device, args.seed, 0, 3)
     noise = torch.randn((args.T, *x.shape[1:]), generator=g, device=x.device)
-    down = to_uint8(tear_down(to_float(x_test[0]), noise, s))
+    down = to_uint8(tear_down(to_float(x_test[0]), noise, s)).cpu()
     early = torch.linspace(0, 1, 12).square()  # where most of what can be seen happens
-    t, k = (early * args.T).long(), (early.flip(0) * (len(up) - 1)).long()
-    both = torch.cat([down[t.to(x.device)], up[len(up) - 1 - k.to(x.device)]])
-    write_png(out / "building.png", grid(both, 12))  # down above, up below
+    rows = [way[(early * (len(way) - 1)).long()] for way in (down, up.flip(0))]
+    write_png(out / "building.png", grid(torch.cat([rows[0], rows[1].flip(0)]), 12))
     with autocast(args):
         for name, network in (("raw", net), ("ema", ema)):
             bins = held_out_loss(network, x_test[:args.test_images], args.seed, args.samples, s)

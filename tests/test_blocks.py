@@ -373,3 +373,12 @@ def test_judge_does_not_know_what_too_few_pictures_tell(count):
     flat = torch.full_like(x, 7)
     got = ddpm.judge(flat[:9], flat, flat, 0)
     assert got["sharpness"] is None and got["frechet"] == 0 and got["precision"] == 1
+
+
+def test_judge_on_pictures_of_less_than_50_components():
+    """One pixel of 64 differs: all other components are zero but for rounding, of either sign."""
+    x = torch.full((300, 1, 8, 8), 100, dtype=torch.uint8)
+    x[:, 0, 3, 5] = torch.randint(0, 256, (300,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    got, want = ddpm.judge(x[:50], x, x[100:], 0), plain_judge(x[:50], x, x[100:], 0)
+    for name in ("frechet", "frechet_floor", "sharpness"):
+        assert got[name] == pytest.approx(want[name], rel=1e-4), name

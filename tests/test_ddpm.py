@@ -6,6 +6,7 @@ What it shares with the other scripts is in test_habits.py (running) and test_bl
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 
 import ddpm
@@ -15,6 +16,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_blocks import plain_judge, read_png
+
+sys.path.insert(0, str(Path(__file__).parent / "experiments"))
+import ddpm_network  # noqa: E402
+import ddpm_samplers  # noqa: E402
 
 LAWS = st.lists(st.floats(0.05, 0.999), min_size=1, max_size=200)  # any alpha_1 ... alpha_T
 SEEDS = st.integers(0, 2**31)
@@ -949,3 +954,20 @@ def test_learns():
     np.save("a.npy", np.broadcast_to(levels, (64, 8, 8)))
     _, metrics = main("--batch-size 32 --steps 150 --lr 5e-3 --warmup 2")
     assert metrics["held_out_loss_ema"] < 0.25
+
+
+# ---- the experiments ----
+
+def test_experiments_run_for_two_steps(pictures, capsys):
+    short = ["--data", "a.npy", *TINY.split(), "--steps", "2", "--judge", "8"]
+    table = ddpm_network.main([*short, "--without", "nothing", "foresight", "--seeds", "3", "4"])
+    assert list(table) == ["nothing", "foresight"] and table["nothing"]["frechet"] != table["foresight"]["frechet"]
+    runs = [main(f"--steps 2 --judge 8 --seed {seed}", seed)[1] for seed in (3, 4)]
+    for name in ("held_out_loss_ema", "frechet"):
+        assert table["nothing"][name] == pytest.approx((runs[0][name] + runs[1][name]) / 2)
+    assert "| foresight | " in capsys.readouterr().out
+    flags = ["--out", "3", "--judge", "8", "--samples", "4", "--arms", "ddim/2/0", "17/zero", "ddim/3/1"]
+    table = ddpm_samplers.main(flags)
+    assert table["ddim/2/0"] == {name: runs[0][name] for name in table["ddim/2/0"]}
+    assert len({numbers["frechet"] for numbers in table.values()}) == 3
+    assert "| held-out pictures | " in capsys.readouterr().out
