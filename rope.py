@@ -90,7 +90,7 @@ def exp_rotation(n: Tensor, B: Tensor) -> Tensor:
 def exp_powers(length: int, B: Tensor) -> Tensor:
     """9403 (2) at n = 0, ..., length - 1 by repeated doubling: B (..., d, d) -> (..., L, d, d)."""
     step = torch.matrix_exp(B)[..., None, :, :]
-    R = torch.eye(B.shape[-1]).to(B).expand_as(step)
+    R = torch.eye(B.shape[-1], dtype=B.dtype, device=B.device).expand_as(step)
     while R.shape[-3] < length:
         R = torch.cat([R, R @ step], -3)  # exp((n + k)B) = exp(nB) exp(kB)
         step = step @ step
@@ -489,7 +489,7 @@ def report(net: LanguageModel, train: Tensor, test: Tensor, args: argparse.Names
     metrics |= dict(test_bits_per_byte=bits.mean().item(), test_bytes=bits.numel(),
                     test_standard_error=bits.mean(1).std().item() / len(bits) ** 0.5,
                     baselines=baselines(train, test[1:bits.numel() + 1]),
-                    bits_by_position=draw_bits(out / "bits.svg", bits.mean(0)))
+                    bits_by_position=draw_bits(out / "bits.svg", bits.mean(0).cpu()))
     others = "  ".join(f"{name} {value:.3f}" for name, value in metrics["baselines"].items())
     say(f"{text}\ntest: {metrics['test_bits_per_byte']:.3f} bits per byte, standard error "
         f"{metrics['test_standard_error']:.3f}, at length {args.context} ({bits.numel():,} bytes; "
