@@ -26,7 +26,7 @@ Map     4122 似非而是        one_hot(ids) W = rows of W                     
              with softmax, at full rank: T4                                          softmax_optimum
              with negative sampling, at full rank: T5, T6                            sgns_optimum
              of which an SVD can have no negative infinity: PMI, cut at 0             pmi
-             subsampling, in expectation: T8                                         keep, expected
+             subsampling: T8                                                         keep
              U s^p, and w + c: T9, T10                                               vectors
         T1 to T10 number what is exactly true; each has its tests: see docs/w2v_svd.md.
 Symbols V words, n dimensions; U (V, n) the input table, the post's word vectors, out (V, n) the
@@ -287,15 +287,6 @@ def mirrored(keys: Tensor, x: Tensor, V: int) -> Cells:
     return keys // V, keys % V, torch.cat([torch.where(off, x, 2 * x), x[off]])[order]
 
 
-def expected(cells: Cells, L: int, kept: Tensor) -> Cells:
-    """`count`'s cells as expected numbers of pairs, float64: kept_w kept_c N_wc / L.
-
-    kept (V,): how probably a word survives subsampling; a dropped word leaves its gap (T8).
-    """
-    i, j, n = cells
-    return i, j, n.double() / L * kept[i] * kept[j]
-
-
 # ---- factorising ----
 
 def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
@@ -382,13 +373,13 @@ class Word2Vec(nn.Module):
         return value, mass.sum()
 
 
-def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int, reach: Tensor | None,
-            kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int,
+            reach: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Of blocks at starts (B,): centre (B, S), near (B, S + 2L) words, weight (B, S, S + 2L).
 
-    reach None: windows in expectation, weight (L-d+1)/L kept_w kept_c, the very counts that the
-    SVD factorises (T7, T8). Else reach (B, S) in 1..L and a word in reach counts 1: a bag's loss is
-    not linear in its weights. Documents end windows.
+    reach None: windows in expectation, weight (L - d + 1)/L, the very counts that the SVD
+    factorises (T7). Else reach (B, S) in 1..L and a word in reach counts 1: a bag's loss is not
+    linear in its weights. Documents end windows.
     """
     at = starts[:, None] + torch.arange(-L, SPAN + L, device=tokens.device)
     there = (at >= 0) & (at < len(tokens))
@@ -400,8 +391,7 @@ def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int, reach: Tensor 
     same = (own == doc[:, None]) & (own >= 0) & (d > 0)
     if reach is not None:
         return centre, near, (same & (d <= reach[..., None])).float()
-    weight = (L + 1 - d).clamp(min=0) / L * same * kept[centre][..., None] * kept[near][:, None]
-    return centre, near, weight.float()
+    return centre, near, (L + 1 - d).clamp(min=0) / L * same
 
 
 # ---- evaluation ----
@@ -597,7 +587,7 @@ def binary_rows(body: bytes, n: int) -> Iterator[tuple[bytes, np.ndarray]]:
 # ---- training ----
 # Streams of random numbers: torch's own, seeded once with --seed, the net's first weights; key
 # (seed,) the beginning of krylov_svd; (seed, step) negatives and windows of a step of descend;
-# (seed, epoch, 9) the order of the text's blocks, in batch_rows.
+# (seed, 0, 8) subsampling; (seed, epoch, 9) the order of the text's blocks, in batch_rows.
 
 BY_SVD = ("ppmi", "linear-skipgram")
 MODELS = (*BY_SVD, "skipgram", "cbow", "autoencoder")
@@ -611,8 +601,6 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
         raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {SPAN * RANKS}, "
                         f"blocks of {SPAN} words on {RANKS} processes")
-    if args.sample and args.model in ("cbow", "autoencoder"):
-        raise UserError("--sample: pairs can be weighed by it, bags cannot")
     if args.window > 1000:
         raise UserError(f"--window {args.window}: at most 1000")
     for path in args.eval:
@@ -620,7 +608,8 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def load_data(args: argparse.Namespace, device: torch.device, state: dict | None) -> Text:
-    """Words by falling count, their counts, and all places where they are: no rare words.
+    """Words by falling count, their counts, and the places where they are: no rare words, and of
+    the frequent ones only those that subsampling leaves, T8; the gaps close, as in word2vec.c.
 
     A line is a document; of `python` a file's docstrings and comments are. Words of one count
     stand as they first come. Raises UserError where there is nothing to learn.
@@ -636,13 +625,16 @@ def load_data(args: argparse.Namespace, device: torch.device, state: dict | None
     new = torch.full((len(n),), -1, dtype=torch.int32)
     new[order] = torch.arange(len(order), dtype=torch.int32)
     tokens, docs = new[ids], (ids == 0).cumsum(0, dtype=torch.int32)
-    tokens, docs = tokens[tokens >= 0], docs[tokens >= 0]
+    tokens, docs, n = tokens[tokens >= 0], docs[tokens >= 0], n[order]
+    draw = torch.rand(len(tokens), generator=generator("cpu", args.seed, 0, 8))
+    stays = draw < keep(n.double() / n.sum(), args.sample)[tokens.long()]
+    tokens, docs = tokens[stays], docs[stays]
     if not (docs[1:] == docs[:-1]).any():
         raise UserError(f"--data {args.data}: no line has two of its {len(order):,} words, and a "
-                        "window ends with its line")
-    if state and state.get("counts") != n[order].tolist():
+                        "window ends with its line; see also --sample")
+    if state and state.get("counts") != n.tolist():
         raise UserError(f"--data {args.data}: is not the text that ckpt.pt was trained on")
-    return [names[k] for k in order], n[order].to(device), tokens.to(device), docs.to(device)
+    return [names[k] for k in order], n.to(device), tokens.to(device), docs.to(device)
 
 
 ASCII = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256))  # no letter: a blank
@@ -679,10 +671,10 @@ def letter(c: int) -> int | None:
     return c if kind[0] == "L" or kind in ("Mn", "Mc") else 32
 
 
-def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, kept: Tensor) -> Factors:
+def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Factors:
     """left, s, right: the SVD of what --model factors. Raises UserError if that is nothing."""
-    V, L = len(kept), args.window
-    i, j, n = expected(count(tokens, docs, V, L), L, kept)
+    i, j, n = count(tokens, docs, V, args.window)
+    n = n.double() / args.window
     n_w = torch.bincount(i, n, minlength=V)
     if args.model == "ppmi":
         P = negatives_law(n_w, args.smoothing)
@@ -706,8 +698,8 @@ def build(args: argparse.Namespace, V: int, device: torch.device) -> tuple[Word2
     return net, dict(model=net, opt=torch.optim.Adam(net.parameters(), lr=args.lr, fused=True))
 
 
-def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, kept: Tensor,
-            state: dict | None, progress: "Progress") -> Word2Vec:
+def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, state: dict | None,
+            progress: "Progress") -> Word2Vec:
     """The net, trained by Adam until args.steps; the rate falls to zero."""
     device, V, L = tokens.device, len(n), args.window
     net, parts = build(args, V, device)
@@ -728,7 +720,7 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, k
         starts = mine(batch_rows(blocks, step, batch, args.seed, device)) * SPAN
         lr = opt.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
         with autocast(args):
-            value, mass = wrapped(*windows(tokens, docs, starts, L, reach, kept), negatives,
+            value, mass = wrapped(*windows(tokens, docs, starts, L, reach), negatives,
                                   args.negative)
         (value * (RANKS / args.batch_size)).backward()
         opt.step()
@@ -747,16 +739,15 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     args = argparse.Namespace(**vars(args) | dict(steps=steps))  # now that the text is known
     items, unit = (1, "round") if by_svd else (args.batch_size, "word")
     progress = Progress(args, state["step"] if state else 0, 2 * len(words) * args.dim, items, unit)
-    say(f"{len(tokens):,} words, {len(words):,} of them different")
+    say(f"{n.sum():,} words, {len(words):,} of them different; --sample leaves {len(tokens):,}")
     read = time.perf_counter()
-    kept = keep(n.double() / n.sum(), args.sample)
     if by_svd:
-        W = vectors(*solve(args, tokens, docs, kept), args.p, args.plus)
+        W = vectors(*solve(args, tokens, docs, len(words)), args.p, args.plus)
         if not W.isfinite().all():
             raise UserError(f"--p {args.p}: the vectors are too large for float32")
         progress.add(args.steps)
     else:
-        net = descend(args, tokens, docs, n, kept, state, progress)
+        net = descend(args, tokens, docs, n, state, progress)
         W = (net.U + net.out if args.plus else net.U).detach()
     done = time.perf_counter()
     if RANK:
@@ -764,8 +755,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     write_vectors(Path(args.out) / "vectors.bin", words, W)
     if args.text:
         write_vectors(Path(args.out) / "vectors.txt", words, W)
-    metrics = dict(words=len(tokens), vocabulary=len(words), model=args.model, seed=args.seed,
-                   step=args.steps, read_seconds=read - begin, train_seconds=done - read)
+    metrics = dict(words=int(n.sum()), sampled=len(tokens), vocabulary=len(words),
+                   model=args.model, seed=args.seed, step=args.steps, read_seconds=read - begin, train_seconds=done - read)
     metrics |= report(args, words, W, chosen)
     near = torch.cat([chosen[:8, None], neighbours(W, chosen[:8], 5)[1].cpu()], 1)
     ids, group = near.flatten().tolist(), torch.arange(near.numel()) // near.shape[1]
@@ -841,7 +832,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                           "weighs (L - d + 1) / L"),
         min_count=       (5,                  1,     "drop words that come less often"),
         vocabulary=      (100_000,            2,     "keep at most as many, the most frequent"),
-        sample=          (0.0,                0,     "subsampling's t; 0: none"),
+        sample=          (1e-3,               0,     "subsampling's t: of words more frequent than "
+                          "that some are dropped; 0: none"),
         shift=           (1.0,                1e-3,  "k of the shift log k of ppmi"),
         smoothing=       (1.0,                0,     "of ppmi: power of the contexts' counts"),
         discount=        (1.0,                0,     "a pair seen n times weighs "

@@ -189,11 +189,10 @@ def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
     import w2v_svd as w
 
     device = torch.device("cuda" if opt.gpu else "cpu")
-    args = w.parse_args(["--data=python", "--dim=100", "--steps=30"])  # alike with --gpu
+    args = w.parse_args(["--data=python", "--dim=100", "--steps=30", "--sample=0"])  # alike with --gpu
     words, n, tokens, docs = w.load_data(args, device, None)
     V, L = len(words), args.window
-    kept = torch.ones(V, dtype=torch.float64, device=device)
-    arms = {"ours": lambda: w.vectors(*w.solve(args, tokens, docs, kept), args.p)}
+    arms = {"ours": lambda: w.vectors(*w.solve(args, tokens, docs, V), args.p)}
     if opt.peer == "gensim":
         from gensim.models import Word2Vec
 
@@ -212,7 +211,7 @@ def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32):
-            value, _ = run(*w.windows(tokens, docs, starts, L, None, kept), negatives, 5)
+            value, _ = run(*w.windows(tokens, docs, starts, L, None), negatives, 5)
         (value / batch).backward()
         adam.step()
         adam.zero_grad()

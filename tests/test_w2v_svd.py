@@ -98,15 +98,15 @@ def test_4233_the_net_is_its_matrices(model):
     tokens, docs = text(3, 7, 40, 3)
     net = w.Word2Vec(7, 4, model, "softmax").double()
     net.out.data = draws(7, 4)
-    starts, kept = torch.tensor([0, 32]), torch.full((7,), 0.5, dtype=f64)
+    starts = torch.tensor([0, 32])
     reach = torch.randint(1, 4, (2, w.SPAN))
     bags = model != "skipgram"
-    c, near, weight = w.windows(tokens, docs, starts, 3, reach if bags else None, kept)
+    c, near, weight = w.windows(tokens, docs, starts, 3, reach if bags else None)
     value, mass = net(c, near, weight.double(), torch.tensor([0]), 1)
     U, out, want, pairs = net.U, net.out, 0.0, 0.0
     for t in range(40):
         L = int(reach.flatten()[t]) if bags else 3
-        around = [(s, 1.0 if bags else (4 - abs(s - t)) / 3 * 0.25) for s in range(40)
+        around = [(s, 1.0 if bags else (4 - abs(s - t)) / 3) for s in range(40)
                   if 0 < abs(s - t) <= L and docs[s] == docs[t]]
         if not around:
             continue
@@ -237,16 +237,14 @@ def test_T3_bag_gram_is_the_expected_gram_of_all_bags(seed, V, length, docs, L):
 
 @given(SEEDS, st.integers(2, 6), st.integers(40, 100), st.integers(1, 4))
 def test_windows_on_the_device_have_the_weights_that_the_svd_counts(seed, V, length, L):
-    """All blocks of a text: T7's and T8's counts, cell by cell."""
+    """All blocks of a text: T7's counts, cell by cell."""
     tokens, docs = text(seed, V, length, 3)
-    kept = torch.rand(V, generator=torch.Generator().manual_seed(seed), dtype=f64)
     starts = torch.arange(0, length, w.SPAN)
-    centre, near, weight = w.windows(tokens, docs, starts, L, None, kept)
+    centre, near, weight = w.windows(tokens, docs, starts, L, None)
     N = torch.zeros(V, V, dtype=f64)
     N.index_put_((centre[..., None].expand_as(weight), near[:, None].expand_as(weight)),
                  weight.double(), accumulate=True)
-    cells = w.expected(w.count(tokens, docs, V, L), L, kept)
-    torch.testing.assert_close(N, w2v_arms.dense(*cells, V), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(N, w2v_arms.dense(*w.count(tokens, docs, V, L), V) / L, rtol=1e-6, atol=1e-9)
 
 
 # ---- 5: T1 ----
@@ -357,13 +355,12 @@ def test_T5_the_net_trained_on_a_text_reaches_shifted_pmi():
     """Skip-Gram with negative sampling, n = V, all of the text and every word as a negative."""
     V, L, k = 4, 2, 3
     tokens, docs = text(5, V, 300, 1)
-    kept = torch.ones(V, dtype=f64)
-    N = w2v_arms.dense(*w.expected(w.count(tokens, docs, V, L), L, kept), V)
+    N = w2v_arms.dense(*w.count(tokens, docs, V, L), V) / L
     net = w.Word2Vec(V, V).double()
     net.out.data = draws(V, V)
     starts = torch.arange(0, 300, w.SPAN)
     inputs = [x.double() if x.is_floating_point() else x
-              for x in w.windows(tokens, docs, starts, L, None, kept)]
+              for x in w.windows(tokens, docs, starts, L, None)]
     negatives = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # P = 3/8, 2/8, 1/8, 2/8 exactly
     minimise(net.parameters(), lambda: net(*inputs, negatives, k)[0], 3)
     P = torch.tensor([3, 2, 1, 2], dtype=f64) / 8
@@ -567,24 +564,22 @@ def test_T8_keep(t):
     assert torch.equal(w.keep(f, 0.0), torch.ones_like(f))
 
 
-def test_T8_expected_counts_are_the_mean_of_random_drops():
-    """Dropped words leave gaps: kept_w kept_c N_wc for different words, within 5 sigma of 500 draws."""
-    V, L, times = 4, 2, 500
-    tokens, docs = text(2, V, 30, 1)
-    kept = torch.tensor([0.3, 0.5, 0.8, 1.0], dtype=f64)
-    N = w2v_arms.dense(*w.expected(w.count(tokens, docs, V, L), L, kept), V)
-    rng, total, square = np.random.default_rng(0), np.zeros((V, V)), np.zeros((V, V))
-    for _ in range(times):
-        stays = rng.random(30) < kept[tokens.long()].numpy()
-        once = np.zeros((V, V))
-        for t in range(30):
-            for s in range(max(0, t - L), min(30, t + L + 1)):
-                if s != t and stays[s] and stays[t]:
-                    once[tokens[t], tokens[s]] += (L - abs(s - t) + 1) / L
-        total, square = total + once, square + once**2
-    mean = total / times
-    sigma = np.sqrt(np.maximum(square / times - mean**2, 0) / times)
-    assert (np.abs(mean - N.numpy()) <= 5 * sigma + 1e-9).all()
+def test_T8_a_word_stays_with_its_chance_and_gaps_close():
+    """A text of three words, one of them rare: shares within 5 sigma; another seed drops others; 0 drops none."""
+    rng = random.Random(0)
+    lines = [[rng.choices("abc", [70, 29, 1])[0] for _ in range(50)] for _ in range(200)]
+    Path("t.txt").write_text("\n".join(map(" ".join, lines)))
+    whole = data("--data=t.txt", "--sample=0")
+    assert whole[2].tolist() == ["abc".index(word) for line in lines for word in line]
+    words, n, tokens, docs = data("--data=t.txt", "--sample=.05", "--seed=1")
+    assert words == whole[0] and torch.equal(n, whole[1])  # counts are the whole text's
+    for k in range(3):
+        f = n[k].item() / 10_000
+        share, p = (tokens == k).sum().item() / n[k].item(), min(1, math.sqrt(0.05 / f) + 0.05 / f)
+        assert abs(share - p) <= 5 * math.sqrt(p * (1 - p) / n[k].item())
+    stays = torch.rand(10_000, generator=w.generator("cpu", 1, 0, 8)) < w.keep(n / 10_000, 0.05)[whole[2].long()]
+    assert torch.equal(tokens, whole[2][stays]) and torch.equal(docs, whole[3][stays])
+    assert not torch.equal(tokens, data("--data=t.txt", "--sample=.05", "--seed=2")[2][:len(tokens)])
 
 
 # ---- 14: evaluation ----
@@ -716,7 +711,7 @@ def test_4208_a_hole_in_a_low_rank_matrix_comes_first(m, n, k, seed):
 
 def data(*argv):
     """load_data by the flags."""
-    return w.load_data(w.parse_args(list(argv)), torch.device("cpu"), None)
+    return w.load_data(w.parse_args(["--sample=0", *argv]), torch.device("cpu"), None)
 
 
 def test_load_data_folds_drops_rare_words_and_keeps_a_stable_order():
@@ -892,23 +887,27 @@ def read_bin(path):
     return words, np.array(W)
 
 
-def counts_of(lines, V, L, kept):
-    """Expected counts, pair by pair: T7 and T8."""
+def counts_of(lines, V, L):
+    """Expected counts, pair by pair: T7."""
     N = np.zeros((V, V))
     for line in lines:
         for a, x in enumerate(line):
             for b, y in enumerate(line):
                 if 0 < abs(a - b) <= L:
-                    N[x, y] += (L - abs(a - b) + 1) / L * kept[x] * kept[y]
+                    N[x, y] += (L - abs(a - b) + 1) / L
     return N
 
 
-def kept_of(lines, V, t):
-    f = np.bincount(sum(lines, []), minlength=V) / sum(map(len, lines))
-    return np.minimum(1, np.sqrt(t / f) + t / f) if t else np.ones(V)
+def subsampled(lines, V, t, seed=1):
+    """The lines without the words that T8's chances drop."""
+    flat = sum(lines, [])
+    f = np.bincount(flat, minlength=V) / len(flat)
+    chance = np.minimum(1, np.sqrt(t / f) + t / f) if t else np.ones(V)
+    draw = iter(torch.rand(len(flat), generator=w.generator("cpu", seed, 0, 8)).double().tolist())
+    return [[word for word in line if next(draw) < chance[word]] for line in lines]
 
 
-BASE = ["--data", "t.txt", "--min-count", "1", "--seed", "1"]
+BASE = ["--data", "t.txt", "--min-count", "1", "--seed", "1", "--sample", "0"]
 PPMI = dict(dim=4, window=5, min_count=1, vocabulary=99, sample=0.0, shift=1.0, smoothing=1.0, discount=1.0, p=0.5,
             plus=False)
 
@@ -926,7 +925,7 @@ def test_the_closed_form_again_from_the_text(changed):
     assert w.main([*BASE, "--dim=4", *flags, *["--plus"] * o["plus"]]) == 0
     words, lines = read_text(o["min_count"], o["vocabulary"])
     V = len(words)
-    N = counts_of(lines, V, o["window"], kept_of(lines, V, o["sample"]))
+    N = counts_of(subsampled(lines, V, o["sample"]), V, o["window"])
     n_w = N.sum(1)
     if "model" in o:
         M, back = N / np.sqrt(n_w)[:, None], np.sqrt(n_w)[:, None]
@@ -946,14 +945,14 @@ SGD = dict(model="skipgram", loss="negative", batch_size=64, shared_negatives=8,
            lr=1e-2, sample=0.0, power=0.75, steps=5, seed=1, plus=False, min_count=1, vocabulary=99)
 
 
-def naive_loss(o, U, out, lines, blocks, negatives, reach, kept):
+def naive_loss(o, U, out, lines, blocks, negatives, reach):
     """The summed loss of the centres in `blocks` of 32 places, word by word, in float64."""
     flat = [(word, line, at) for line in lines for at, word in enumerate(line)]
     value, bags = 0.0, o["model"] != "skipgram"
     for row, block in enumerate(blocks):
         for place, (word, line, at) in enumerate(flat[32 * block:32 * block + 32]):
             L = int(reach[row, place]) if bags else o["window"]
-            around = [(line[b], 1.0 if bags else (L - abs(b - at) + 1) / L * kept[word] * kept[line[b]])
+            around = [(line[b], 1.0 if bags else (L - abs(b - at) + 1) / L)
                       for b in range(len(line)) if 0 < abs(b - at) <= L]
             if not around:
                 continue
@@ -968,9 +967,9 @@ def naive_loss(o, U, out, lines, blocks, negatives, reach, kept):
 
 
 @pytest.mark.parametrize("changed", [
-    {}, dict(model="cbow"), dict(model="autoencoder"), dict(loss="softmax"), dict(sample=0.05), dict(power=0.0),
-    dict(window=3, negative=2, shared_negatives=5), dict(lr=0.1, batch_size=96, dim=3), dict(plus=True), dict(seed=2),
-    dict(vocabulary=6)], ids=str)
+    {}, dict(model="cbow"), dict(model="autoencoder"), dict(loss="softmax"), dict(sample=0.05),
+    dict(model="cbow", sample=0.02), dict(power=0.0), dict(window=3, negative=2, shared_negatives=5),
+    dict(lr=0.1, batch_size=96, dim=3), dict(plus=True), dict(seed=2), dict(vocabulary=6)], ids=str)
 def test_descent_again_naively(changed):
     """Five steps: the same weights by plain loops over the text, Adam by its formulas, a rate that falls to zero."""
     write_text()
@@ -978,12 +977,12 @@ def test_descent_again_naively(changed):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in o.items() if name != "plus"]
     assert w.main(["--data", "t.txt", *flags, *["--plus"] * o["plus"]]) == 0
     words, lines = read_text(1, o["vocabulary"])
-    V, T = len(words), sum(map(len, lines))
+    V, law = len(words), np.cumsum(np.bincount(sum(lines, [])) ** o["power"])
+    lines = subsampled(lines, V, o["sample"], o["seed"])
     torch.manual_seed(o["seed"])
     tables = [((torch.rand(V, o["dim"]) - 0.5) / o["dim"]).double(), torch.zeros(V, o["dim"], dtype=f64)]
     m, v = ([torch.zeros_like(x) for x in tables] for _ in range(2))
-    law = np.cumsum(np.bincount(sum(lines, [])) ** o["power"])
-    blocks, a_step, order, losses = math.ceil(T / 32), o["batch_size"] // 32, [], []
+    blocks, a_step, order, losses = math.ceil(sum(map(len, lines)) / 32), o["batch_size"] // 32, [], []
     for epoch in range(9):
         order += torch.randperm(blocks, generator=w.generator("cpu", o["seed"], epoch, 9)).tolist()
     for step in range(o["steps"]):
@@ -994,7 +993,7 @@ def test_descent_again_naively(changed):
         here = order[step * a_step:(step + 1) * a_step]
         for x in tables:
             x.requires_grad_()
-        value = naive_loss(o, *tables, lines, here, negatives, reach, kept_of(lines, V, o["sample"]))
+        value = naive_loss(o, *tables, lines, here, negatives, reach)
         grads = torch.autograd.grad(value / o["batch_size"], tables)
         lr = o["lr"] * (1 - step / o["steps"])
         for i, grad in enumerate(grads):
@@ -1098,9 +1097,9 @@ def test_the_report_again_from_vectors_bin(model, capsys):
     w.write_png(Path("again.png"), picture)
     assert (out / "pca.png").read_bytes() == Path("again.png").read_bytes()
     T = sum(map(len, read_text()[1]))
-    facts = dict(words=T, vocabulary=8, model=model, seed=1, step=20)
+    facts = dict(words=T, sampled=T, vocabulary=8, model=model, seed=1, step=20)
     assert metrics | facts == metrics and 0 <= metrics["read_seconds"] < 60 and 0 <= metrics["train_seconds"] < 60
-    assert f"{T} words, 8 of them different" in said
+    assert f"{T} words, 8 of them different; --sample leaves {T}" in said
     for flags in ([], ["--vectors", str(out / "vectors.txt")], ["--out", str(out)]):
         assert w.main([*flags, "--query", "b", "H", "--eval", "s.txt", "q.txt"]) == 0
         again = capsys.readouterr().out
@@ -1142,7 +1141,7 @@ def test_descent_reaches_what_T4_and_T5_say(loss):
     assert w.main([*BASE, "--model=skipgram", f"--loss={loss}", *flags]) == 0
     last = float(Path("out/w2v_svd/log.csv").read_text().splitlines()[-1].split(",")[4])  # a mean over some steps
     words, lines = read_text()
-    N = torch.from_numpy(counts_of(lines, 8, 2, np.ones(8)))
+    N = torch.from_numpy(counts_of(lines, 8, 2))
     if loss == "softmax":
         least = -(N * w.softmax_optimum(N).clamp(min=-99)).sum() / N.sum()
     else:
@@ -1168,7 +1167,7 @@ def test_descent_as_it_is_finds_topics(model):
 def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
     """A changed default moves every number on the page: change it here, and measure again."""
     args = vars(w.parse_args([]))
-    assert {name: args[name] for name in args["config"]} == SGD | PPMI | dict(
+    assert {name: args[name] for name in args["config"]} == SGD | PPMI | dict(sample=1e-3,
         data="python", steps=0, batch_size=1024, shared_negatives=256, seed=0, model="ppmi", dim=100, min_count=5,
         vocabulary=100_000, epochs=5.0, window=5)
     on_gpu = vars(w.parse_args(["--gpu"]))
@@ -1182,7 +1181,7 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
 @pytest.mark.parametrize("argv, line", [
     ([*BASE, "--min-count", "9999"], "fewer than two words"),
     ([*BASE, "--words", "zebra"], "unknown: zebra"),
-    ([*BASE, "--model", "cbow", "--sample", "1e-3"], "--sample"),
+    ([*BASE, "--sample", "1e-9"], "see also --sample"),
     ([*BASE, "--model", "skipgram", "--batch-size", "40"], "multiple of 32"),
     ([*BASE, "--window", "1001"], "at most 1000"),
     ([*BASE, "--shift", "1e9"], "leave no numbers"),
@@ -1220,7 +1219,7 @@ def test_flags_beyond_their_least_value_are_refused(argv, capsys):
 
 def test_two_words_and_more_numbers_than_words_will_do():
     Path("t.txt").write_text("a b a\n")
-    assert w.main(["--data=t.txt", "--min-count=1"]) == 0
+    assert w.main(["--data=t.txt", "--min-count=1", "--sample=0"]) == 0
     assert read_bin("out/w2v_svd/vectors.bin")[1].shape == (2, 2)
 
 
@@ -1266,7 +1265,7 @@ def test_experiments_run(name, flags, capsys):
     write_text()
     for name_of in ("s.txt", "t.tsv"):
         Path(name_of).write_text("a b 9\nd e 8\na d 1\nb g 2\n")
-    importlib.import_module(name).main(["--data", "t.txt", "--min-count", "1", "--dim", "3", "--steps", "2", *flags])
+    importlib.import_module(name).main("--data t.txt --min-count 1 --dim 3 --steps 2 --sample 0".split() + flags)
     said = capsys.readouterr().out
     assert len(said.splitlines()) > 8
     if name == "w2v_objective":  # no factorisation is above T5's optimum

@@ -46,7 +46,8 @@ def weighted_svd(M: Tensor, n_w: Tensor, weight: float, k: int, rounds: int) -> 
 
 def arms(tokens: Tensor, docs: Tensor, V: int, L: int, k: int, rounds: int):
     """Names of arms, and left, s, right, p, plus of each."""
-    i, j, n = w.expected(w.count(tokens, docs, V, L), L, torch.ones(V, dtype=torch.float64))
+    i, j, n = w.count(tokens, docs, V, L)
+    n = n.double() / L
     N, XX = dense(i, j, n, V), bag_gram(tokens, docs, V, L) / L
     n_w = N.sum(1)
     yield "raw counts, p = 0.5", *w.truncated(N, k), 0.5, False
@@ -77,9 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--min-count", type=int, default=5)
     p.add_argument("--dim", type=int, default=100)
     p.add_argument("--window", type=int, default=5)
+    p.add_argument("--sample", type=float, default=1e-3, help="as in w2v_svd.py")
     p.add_argument("--steps", type=int, default=30, help="rounds of PPMI's SVD")
     opt = p.parse_args(argv)
-    args = w.parse_args(["--data", opt.data, "--vocabulary", str(opt.vocabulary), "--min-count", str(opt.min_count)])
+    args = w.parse_args(["--data", opt.data, "--vocabulary", str(opt.vocabulary), "--min-count", str(opt.min_count),
+                         "--sample", str(opt.sample)])
     words, _, tokens, docs = w.load_data(args, torch.device("cpu"), None)
     k = min(opt.dim, len(words))
     for name, *factors in arms(tokens, docs, len(words), opt.window, k, opt.steps):

@@ -24,18 +24,20 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--report", nargs="+", type=Path, required=True)
     p.add_argument("--min-count", type=int, default=5)
     p.add_argument("--dim", type=int, default=100)
+    p.add_argument("--sample", type=float, default=1e-3, help="as in w2v_svd.py")
     p.add_argument("--steps", type=int, default=30, help="rounds of the SVD")
     p.add_argument("--windows", nargs="+", type=int, default=[5, 2, 10])
     p.add_argument("--smoothings", nargs="+", type=float, default=[0.75, 1.0])
     p.add_argument("--discounts", nargs="+", type=float, default=[1.0, 0.0])
     opt = p.parse_args(argv)
-    args = w.parse_args(["--data", opt.data, "--min-count", str(opt.min_count)])
+    args = w.parse_args(["--data", opt.data, "--min-count", str(opt.min_count), "--sample", str(opt.sample)])
     words, _, tokens, docs = w.load_data(args, torch.device("cpu"), None)
     V, best = len(words), 0.0
     names = "  ".join(f"{path.stem[:10]:>10}" for path in opt.choose + opt.report)
     print(f"{'window smoothing discount plus':34}mean   {names}")
     for L in opt.windows:
-        i, j, n = w.expected(w.count(tokens, docs, V, L), L, torch.ones(V, dtype=torch.float64))
+        i, j, n = w.count(tokens, docs, V, L)
+        n = n.double() / L
         n_w = torch.bincount(i, n, minlength=V)
         for smoothing, discount in itertools.product(opt.smoothings, opt.discounts):
             P = w.negatives_law(n_w, smoothing)

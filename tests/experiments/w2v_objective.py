@@ -40,14 +40,13 @@ def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--data", default="python", help="as in w2v_svd.py")
     for flag, default in (("--vocabulary", 2000), ("--min-count", 5), ("--dim", 100), ("--window", 5),
-                          ("--negative", 5), ("--seed", 0), ("--steps", 0), ("--epochs", 1.0)):
+                          ("--negative", 5), ("--seed", 0), ("--sample", 1e-3), ("--steps", 0), ("--epochs", 1.0)):
         p.add_argument(flag, type=type(default), default=default, help="as in w2v_svd.py")
     opt = p.parse_args(argv)
     k, L, flags = opt.negative, opt.window, [f"--{name.replace('_', '-')}={x}" for name, x in vars(opt).items()]
     args = w.parse_args([*flags, "--model=skipgram"])
     words, n, tokens, docs = w.load_data(args, torch.device("cpu"), None)
-    i, j, x = w.expected(w.count(tokens, docs, len(words), L), L, torch.ones(len(words), dtype=torch.float64))
-    N, dim = w2v_arms.dense(i, j, x, len(words)), min(opt.dim, len(words))
+    N, dim = w2v_arms.dense(*w.count(tokens, docs, len(words), L), len(words)) / L, min(opt.dim, len(words))
     P, n_w = w.negatives_law(N.sum(1), args.power), N.sum(1, keepdim=True)
     best = w.sgns_optimum(N, n_w, P, k).clamp(min=-99)
     print(f"{'the most there is (T5)':48}{sgns_objective(N, best, P, k):.4f}", flush=True)
