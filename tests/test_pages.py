@@ -403,33 +403,50 @@ def test_numbers_that_code_can_tell(page):
 
 # ---- the strip ----
 
-def test_the_strip_shows_faces_blocks_and_words(tmp_path):
-    """Its left square is the faces themselves; in the middle P makes the dense R_n block-diagonal; words are in colour."""
+def test_the_strip_shows_faces_blocks_codes_and_words(tmp_path):
+    """The left square is the faces themselves; then P makes the dense R_n block-diagonal; then as many different rows of
+    K_hat K_hat^T as codes are in use, a 1 in each row of Delta; words are in colour."""
     import ddpm
     import rope
     import torch
+    import transformer_vq
     import w2v_svd
-    for name in ("ddpm", "rope", "w2v_svd"):
-        (tmp_path / "out" / name).mkdir(parents=True)
+    out, cpu = tmp_path / "out", torch.device("cpu")
+    for name in ("ddpm", "rope", "transformer_vq", "w2v_svd"):
+        (out / name).mkdir(parents=True)
     sheet = ddpm.grid(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), 4)
-    ddpm.write_png(tmp_path / "out/ddpm/samples.png", sheet)
-    config = dict(position="general", width=32, layers=1, heads=2, context=256)
-    net = rope.LanguageModel(**config)
-    torch.nn.init.normal_(net.A)
-    torch.save(dict(config=config, model=net.state_dict()), tmp_path / "out/rope/ckpt.pt")
-    w2v_svd.write_vectors(tmp_path / "out/w2v_svd/vectors.bin", list("abcdefghij"), torch.randn(10, 4))
+    ddpm.write_png(out / "ddpm/samples.png", sheet)
+    nets = {}
+    for script in (rope, transformer_vq):
+        args = script.parse_args([])
+        nets[script] = script.build(args, cpu)
+        if script is rope:
+            torch.nn.init.normal_(nets[rope].A)
+        config = {name: getattr(args, name) for name in args.config}
+        torch.save(dict(config=config, model=nets[script].state_dict()), out / script.__name__ / "ckpt.pt")
+    text = bytes(range(32, 128))
+    (out / "transformer_vq/samples.txt").write_bytes(text)
+    w2v_svd.write_vectors(out / "w2v_svd/vectors.bin", list("abcdefghij"), torch.randn(10, 4))
     strip = runpy.run_path(str(ROOT / "tests/experiments/strip.py"))
-    assert strip["main"](["--out", str(tmp_path / "out"), "--to", str(tmp_path / "strip.png")]) == 0
-    picture = strip["read_png"](tmp_path / "strip.png").int()
-    side = strip["SIDE"]
-    assert picture.shape == (3, side, 3 * side + 24)
-    assert torch.equal(picture[:, :, :side], sheet.int())
-    tiles = picture[:, :, side + 12:2 * side + 12]
-    cell = (side - 20) // 2 // 16
+    assert strip["main"](["--out", str(out), "--to", str(tmp_path / "strip.png")]) == 0
+    picture, side = strip["read_png"](tmp_path / "strip.png").int(), strip["SIDE"]
+    assert picture.shape == (3, side, 4 * side + 36)
+    squares = [picture[:, :, k * (side + 12):k * (side + 12) + side] for k in range(4)]
+    assert torch.equal(squares[0], sheet.int())
+
+    def tile(square, row, column, n):
+        width = (side - 20) // 2
+        places = ((torch.arange(n) + 0.5) * width / n).long()
+        return square[:, row * (width + 8) + 4 + places][:, :, column * (width + 8) + 4 + places]
+
+    d = nets[rope].B().shape[-1]
     for row in (0, 1):
         for column in (0, 1):
-            corner = [k * (16 * cell + 8) + 4 + cell // 2 for k in (row, column)]
-            R = tiles[:, corner[0]::cell, corner[1]::cell][:, :16, :16].amin(0) < 250  # not white
-            assert R.diagonal().any() and bool((R & ~torch.block_diag(*[torch.ones(2, 2)] * 8).bool()).any()) == (row == 0)
-    words = picture[:, :, 2 * side + 24:]
-    assert (words.amin(0) < 255).any() and (words.amax(0) - words.amin(0) > 50).any()
+            R = tile(squares[1], row, column, d).amin(0) < 250  # not white
+            off = R & ~torch.block_diag(*[torch.ones(2, 2)] * (d // 2)).bool()
+            assert R.diagonal().any() and bool(off.any()) == (row == 0)
+    ids = nets[transformer_vq](torch.tensor([list(text[:64])]))[3][1][1][0]
+    codes = tile(squares[2], 0, 1, 64)
+    assert len({tuple(row.flatten().tolist()) for row in codes.unbind(1)}) == len(ids.unique()) > 1
+    assert torch.equal((tile(squares[2], 1, 0, 64).amin(0) < 100).int().argmax(1), ids)
+    assert (squares[3].amin(0) < 255).any() and (squares[3].amax(0) - squares[3].amin(0) > 50).any()

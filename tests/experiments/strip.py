@@ -1,9 +1,10 @@
 """The front page's strip: a square of each script's picture, from what its last run has written.
 
-    python tests/experiments/strip.py    # after the three bare runs; writes docs/strip.png
+    python tests/experiments/strip.py    # after the bare runs; writes docs/strip.png
 
-ddpm: the faces. rope: above, R_n = exp(nB) with a dense B that the run has learnt, n = 4 and 32;
-below, the same in the basis of 9403 (8): blocks of 2 x 2. w2v_svd: words with their neighbours.
+ddpm: the faces. rope: above, R_n = exp(nB) with a dense B that the run has learnt, n = 4 and 32; below, the same in the
+basis of 9403 (8): blocks of 2 x 2. transformer_vq: above, cosines of the keys of a text the run wrote, and of the codes
+they become; below, which code each key is, and the cosines of the codes. w2v_svd: words with their neighbours.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import struct
 import sys
 import zlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import ddpm  # noqa: E402
 import rope  # noqa: E402
+import transformer_vq  # noqa: E402
 import w2v_svd  # noqa: E402
 
 SIDE = 393  # four faces of 96 pixels with white lines between
@@ -46,19 +49,41 @@ def faces(out: Path) -> Tensor:
     return read_png(out / "samples.png")[:, :SIDE, :SIDE]
 
 
+def four(tiles: list[Tensor]) -> Tensor:
+    """2 x 2 framed tiles of numbers in [-1, 1] (h, w), a square of nearly SIDE."""
+    side = (SIDE - 20) // 2
+    tiles = [F.interpolate(coloured(M)[None], (side, side))[0] for M in tiles]
+    tiles = [F.pad(F.pad(x, (1, 1, 1, 1), value=200), (3, 3, 3, 3), value=255) for x in tiles]
+    return torch.cat([torch.cat(tiles[:2], 2), torch.cat(tiles[2:], 2)], 1)
+
+
+def trained(script: ModuleType, out: Path) -> torch.nn.Module:
+    """The network of a run's ckpt.pt."""
+    state, args = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True), script.parse_args([])
+    vars(args).update(state["config"])
+    net = script.build(args, torch.device("cpu"))
+    net.load_state_dict(state["model"])
+    return net
+
+
+@torch.no_grad()
 def blocks(out: Path) -> Tensor:
     """9403 (2) and (9): two dense R_n of the first layer's first head above, their blocks below."""
-    state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
-    net = rope.LanguageModel(*(state["config"][k] for k in "position width layers heads context".split()))
-    net.load_state_dict(state["model"])
-    B = net.B()[0, 0].detach()
+    B = trained(rope, out).B()[0, 0]
     P, _ = rope.canonical(B)
     dense = rope.exp_rotation(torch.tensor([4.0, 32.0], dtype=torch.float64), B)  # (2, d, d)
-    tiles = torch.stack([coloured(R) for R in [*dense, *(P.mT @ dense @ P)]])  # (4, 3, d, d)
-    scale = (SIDE - 20) // 2 // tiles.shape[-1]
-    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    tiles = F.pad(F.pad(tiles, (1, 1, 1, 1), value=200), (3, 3, 3, 3), value=255)
-    return torch.cat([torch.cat([*pair], 2) for pair in tiles.split(2)], 1)
+    return four([*dense, *(P.mT @ dense @ P)])
+
+
+@torch.no_grad()
+def keys(out: Path) -> Tensor:
+    """9844 (2), (4), in the second layer, for 64 bytes: K K^T, K_hat K_hat^T; Delta, C C^T."""
+    net = trained(transformer_vq, out)
+    text = (out / "samples.txt").read_bytes()[:64]
+    k, ids = net(torch.tensor([list(text)]))[3][1]
+    C = net.layers[1].book.vectors()
+    k, k_hat, C = (F.normalize(x, dim=-1) for x in (k[0], C[ids[0]], C))
+    return four([k @ k.T, k_hat @ k_hat.T, F.one_hot(ids[0], len(C)).float(), C @ C.T])
 
 
 def words(out: Path) -> Tensor:
@@ -80,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", type=Path, default=Path("out"), help="where the runs' folders are")
     p.add_argument("--to", type=Path, default=ROOT / "docs/strip.png", help="the picture to write")
     args = p.parse_args(argv)
-    squares = [faces(args.out / "ddpm"), blocks(args.out / "rope"), words(args.out / "w2v_svd")]
+    squares = [draw(args.out / name) for name, draw in (
+        ("ddpm", faces), ("rope", blocks), ("transformer_vq", keys), ("w2v_svd", words))]
     squares = [F.pad(s, (0, SIDE - s.shape[2], 0, SIDE - s.shape[1]), value=255) for s in squares]
     frame = torch.full((3, SIDE, 12), 255, dtype=torch.uint8)
     ddpm.write_png(args.to, torch.cat([x for s in squares for x in (s, frame)][:-1], 2))
