@@ -1,13 +1,16 @@
 """Profiles and markers: hypothesis draws the same examples on every run, without deadlines."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+from processes import Python  # noqa: E402
+
 hypothesis.settings.register_profile(
     "house", derandomize=True, deadline=None, print_blob=True, max_examples=30, database=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -31,3 +34,11 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Python]:
+    """Starts scripts as real processes, quickly: python("x.py", "--steps", 2) -> exit code, stdout, stderr."""
+    server = Python(tmp_path_factory.mktemp("server"))
+    yield server
+    server.end()

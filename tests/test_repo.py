@@ -1,27 +1,22 @@
-"""The house: shared blocks, imports, flags and README hold together over all scripts."""
+"""The house: shared blocks, imports, flags, form and skeleton hold together over all scripts. test_pages.py reads the pages."""
 
 import argparse
 import ast
+import builtins
 import difflib
 import importlib
-import io
 import re
-import shlex
 import subprocess
 import sys
-import tokenize
-from pathlib import Path
 
 import pytest
+from pages import ALL, BLOCK, ROOT, commands
+from pages import SCRIPTS as NAMES
 
-ROOT = Path(__file__).parents[1]
-ALL = "nvae bigan_qp o_gan ddpm rope hier_pos_bert transformer_vq w2v_svd".split()
-SCRIPTS = [path for name in ALL if (path := ROOT / f"{name}.py").exists()]
-TEXTS = {path.stem: path.read_text("utf-8") for path in SCRIPTS}
-README = (ROOT / "README.md").read_text("utf-8")
-BLOCK = re.compile(r"^# === shared: (\w+) ===\n(.*?)^# === end shared ===\n", re.M | re.S)
-MAY_DIFFER = {"parse_args", "main", "train", "sample", "evaluate", "load_data", "loss", "learning_rate",
-              "report", "sample_only"}
+TEXTS = {name: (ROOT / f"{name}.py").read_text("utf-8") for name in NAMES}
+SKELETON = "check_flags load_data build train report sample_only parse_args main".split()
+BANNERS = ["model", "evaluation", "training", "command line", "plumbing", "main"]
+MAY_DIFFER = {*SKELETON, "sample", "loss", "learning_rate"}
 each_script = pytest.mark.parametrize("name", TEXTS)
 
 
@@ -30,14 +25,21 @@ def functions(text):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
+def own(name):
+    """The script without its shared blocks, whose lines stay as blanks so that numbers of lines stay right."""
+    return BLOCK.sub(lambda block: "\n" * block[0].count("\n"), TEXTS[name])
+
+
 def test_top_level_is_the_cards():
     names = {p for p in subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True,
                                        check=True).stdout.split()}
     top = {name.partition("/")[0] for name in names}
-    assert top <= {f"{name}.py" for name in ALL} | {"tests", "assets", "README.md", "LICENSE", "requirements.txt",
+    assert top <= {f"{name}.py" for name in ALL} | {"tests", "docs", "README.md", "LICENSE", "requirements.txt",
                                                    ".gitignore", ".ci", ".github"}
-    assert SCRIPTS
+    assert NAMES
 
+
+# ---- shared blocks ----
 
 def test_shared_blocks_are_identical():
     first = {}
@@ -59,13 +61,17 @@ def test_no_unmarked_copies():
 
 def test_shared_blocks_know_nothing_of_their_file():
     """What a block uses stands in that block, in another block, in its imports, or in Python."""
-    import builtins
     for name, text in TEXTS.items():
-        own = set(functions(BLOCK.sub("", text)))
+        top = ast.parse(BLOCK.sub("", text)).body
+        of_the_file = {node.name for node in top if isinstance(node, (ast.FunctionDef, ast.ClassDef))} | {
+            target.id for node in top if isinstance(node, ast.Assign) for target in node.targets
+            if isinstance(target, ast.Name)}
         for block, body in BLOCK.findall(text):
-            names = [node for node in ast.walk(ast.parse(body)) if isinstance(node, ast.Name)]
-            local = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-            foreign = {node.id for node in names} & own - local - set(functions(body))
+            nodes = list(ast.walk(ast.parse(body)))
+            names = [node for node in nodes if isinstance(node, ast.Name)]
+            local = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {
+                node.arg for node in nodes if isinstance(node, ast.arg)}
+            foreign = {node.id for node in names} & of_the_file - local - set(functions(body))
             assert not foreign - set(dir(builtins)), (name, block, foreign)
 
 
@@ -76,6 +82,8 @@ def test_blocks_are_used(name):
         rest = TEXTS[name].replace(body, "")
         assert any(re.search(rf"\b{f}\b", rest) for f in functions(body)), block
 
+
+# ---- imports ----
 
 @each_script
 def test_imports(name):
@@ -103,15 +111,106 @@ def test_no_import_is_idle(name):
                 assert (alias.asname or alias.name).partition(".")[0] in used, f"line {node.lineno}: {alias.name}"
 
 
-@each_script
-def test_importing_does_nothing(name, tmp_path):
+def test_importing_does_nothing(tmp_path):
+    """All of them in one process: nothing said, written, drawn or set."""
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.dont_write_bytecode = True\n"
-            f"import torch; state = torch.random.get_rng_state(); threads = torch.get_num_threads()\n"
-            f"import {name}\n"
-            f"assert torch.equal(state, torch.random.get_rng_state()) and threads == torch.get_num_threads()")
+            f"import signal, torch\n"
+            f"def now(): return (torch.random.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype(),\n"
+            f"    torch.is_grad_enabled(), [signal.getsignal(k) for k in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])\n"
+            f"before = now()\n"
+            f"import {', '.join(NAMES)}\n"
+            f"assert before == now() and not torch.distributed.is_initialized()")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
+
+@each_script
+def test_the_inline_dependencies_are_the_imports(name):
+    """PEP 723, for `uv run`: the first lines, with what is imported at the top beside the standard library."""
+    block = re.match(r"# /// script\n# requires-python = \">=(3\.\d+)\"\n# dependencies = \[(.*?)\]\n# ///\n\"\"\"",
+                     TEXTS[name])
+    assert block and block[1] == "3.10"
+    imported = {(alias.name if isinstance(node, ast.Import) else node.module).partition(".")[0]
+                for node in ast.parse(TEXTS[name]).body if isinstance(node, (ast.Import, ast.ImportFrom))
+                for alias in node.names}
+    assert set(re.findall(r"\"(\w+)\"", block[2])) == imported - set(sys.stdlib_module_names) == {"torch", "numpy"}
+
+
+# ---- skeleton ----
+
+@each_script
+def test_banners_stand_in_the_house_order(name):
+    """The post, beyond it, sections of the script's own, the model and so on; what a banner says after a colon is free."""
+    found = [line.partition(":")[0] for line in re.findall(r"^# ---- (.*) ----$", TEXTS[name], re.M)]
+    first = re.search(r"^# ---- (.*) ----$", TEXTS[name], re.M)[1]
+    assert re.fullmatch(r"the posts?: \d{4}(, \d{4})*", first), "the post comes first"
+    known = [banner for banner in found if banner in BANNERS]
+    assert known == BANNERS, known
+    if (beyond := [k for k, banner in enumerate(found) if banner.startswith("beyond the post")]):
+        assert beyond == [1]
+    assert found[found.index("training"):] == BANNERS[BANNERS.index("training"):], "sections of its own come before"
+
+
+@each_script
+def test_the_skeleton_is_the_same(name):
+    """Same names, each in its section, in one order; the arguments that `run` and the loop rely on."""
+    nodes = {node.name: node for node in ast.parse(own(name)).body if isinstance(node, ast.FunctionDef)}
+    section = {word: TEXTS[name][:TEXTS[name].index(f"\ndef {word}(")].rpartition("\n# ---- ")[2].partition(" ----")[0]
+               for word in SKELETON}
+    assert {word: section[word] for word in ("parse_args", "main")} == {"parse_args": "command line", "main": "main"}
+    assert section["report"] in ("training", "evaluation")
+    assert {section[word] for word in SKELETON[:4] + ["sample_only"]} == {"training"}
+    order = [word for word in nodes if word in SKELETON and word != "report"]
+    assert order == [word for word in SKELETON if word != "report"]
+    for word in ("train", "sample_only"):
+        assert [a.arg for a in nodes[word].args.args] == ["args", "device", "state"], word
+    assert [a.arg for a in nodes["check_flags"].args.args] == ["args"]
+    assert [a.arg for a in nodes["load_data"].args.args][:2] == ["args", "device"]
+    assert ast.unparse(nodes["report"].returns) == "dict" and ast.unparse(nodes["train"].returns) == "None"
+    assert "save_checkpoint(args, step, parts" in own(name)
+    loop, = (node for node in ast.walk(ast.parse(own(name))) if isinstance(node, ast.For)
+             and ast.unparse(node.iter).startswith("training("))
+    assert loop.end_lineno - loop.lineno < 50, "the loop fits a screen"
+
+
+WRITERS = {"read_flags", "resume_run", "make_room"}
+
+
+@each_script
+def test_flags_are_written_in_one_place_only(name):
+    """After read_flags, resume_run and make_room nobody sets an attribute of args, by whatever road."""
+    tree = ast.parse(TEXTS[name])
+    allowed = {id(inner) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in WRITERS
+               for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) in allowed:
+            continue
+        stored = isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del))
+        assert not (stored and re.match(r"(args|vars\(args\)|args\.__dict__)\b", ast.unparse(node.value))), f"line {node.lineno}"
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node)
+            assert not re.match(r"(setattr|delattr)\(args\b|(vars\(args\)|args\.__dict__)\.(update|setdefault|pop)\(", call), call
+
+
+@each_script
+def test_no_two_streams_share_a_key(name):
+    """Of the keys of one length each ends in a number of its own, or there is but one; the legend names these numbers."""
+    legend = re.search(r"^# ---- training ----\n((?:#[^\n]*\n)+)", TEXTS[name], re.M)
+    assert legend, "a legend of the streams opens the training section"
+    keys = {}
+    for node in ast.walk(ast.parse(TEXTS[name])):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "generator":
+            assert not any(isinstance(a, ast.Starred) for a in node.args), f"line {node.lineno}: a key is spelled out"
+            keys.setdefault(len(node.args) - 1, []).append(node.args[-1])
+    assert keys
+    for length, last in keys.items():
+        numbers = [node.value for node in last if isinstance(node, ast.Constant)]
+        assert len(last) == 1 or len(set(numbers)) == len(last), (length, [ast.unparse(node) for node in last])
+        for number in numbers:
+            assert re.search(rf"\b{number}\b", legend[1]), f"the legend does not name key {number}"
+
+
+# ---- flags ----
 
 def parser(name):
     """The script's ArgumentParser, caught as parse_args uses it."""
@@ -150,60 +249,16 @@ def test_every_flag_is_explained(name):
         assert all(re.fullmatch(r"-h|--[a-z0-9]+(-[a-z0-9]+)*|--T", s) for s in a.option_strings), a.option_strings
 
 
-def commands(text):
-    """Every `python X.py ...` and `torchrun ... X.py ...` in a text: (script, arguments)."""
-    return [(script, shlex.split(rest)) for script, rest in
-            re.findall(r"(?:python|torchrun [^\n`]*?) ?\b(\w+)\.py\b([^\n`#&|]*)", text) if script in ALL]
-
-
-def test_readme_commands_parse():
-    found = commands(README)
-    assert {script for script, _ in found} == set(TEXTS)
-    for script, argv in found:
-        importlib.import_module(script).parse_args(argv)
-
-
 @each_script
 def test_docstring_commands_parse(name):
     found = commands(ast.get_docstring(ast.parse(TEXTS[name])))
     assert found
     for script, argv in found:
-        assert script == name
+        assert script == f"{name}.py"
         importlib.import_module(name).parse_args(argv)
 
 
-def test_readme_first_commands_are_one_line_each():
-    assert "pip install -r requirements.txt && python ddpm.py\n" in README
-    assert "pip install -r requirements.txt && python -m pytest\n" in README
-
-
-def test_readme_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"src=\"([^\"]+)\"", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
-    for path in (ROOT / "assets").iterdir():
-        assert path.stat().st_size < 400_000 and path.name in README, path.name
-
-
-def test_readme_names_only_scripts_that_exist():
-    assert {s for s in re.findall(r"\b(\w+)\.py\b", README) if s in ALL} == set(TEXTS)
-
-
-def code_lines(text):
-    """Lines with code on them: no blanks, comments or docstrings."""
-    docs = {line for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)
-            and isinstance(node.value, ast.Constant) for line in range(node.lineno, node.end_lineno + 1)}
-    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    lines = {line for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in skip
-             for line in range(token.start[0], token.end[0] + 1)}
-    return len(lines - docs)
-
-
-@each_script
-def test_readme_counts_the_lines_right(name):
-    own = code_lines(TEXTS[name]) - sum(code_lines(body) for _, body in BLOCK.findall(TEXTS[name]))
-    row = re.search(rf"^\| \[{name}\.py\].*?\| (\d+) \((\d+)\) \|", README, re.M)
-    assert [int(row[1]), int(row[2])] == [code_lines(TEXTS[name]), own]
-
+# ---- form ----
 
 @each_script
 def test_every_equation_of_the_map_has_a_line_and_a_test(name):
@@ -232,26 +287,3 @@ def test_requirements_are_the_cards():
 def test_form(name):
     for k, line in enumerate(TEXTS[name].splitlines(), 1):
         assert len(line) <= 100 and line == line.rstrip() and "TODO" not in line, f"line {k}"
-
-
-PASTE = re.compile(r"Copy ((?:`\w+`[, and]*)+) from `(\w+)\.py`[^\n]*\n+```python\n(.*?)```", re.S)
-
-
-def test_every_script_has_a_paste_example():
-    assert {script for _, script, _ in PASTE.findall(README)} == set(TEXTS)
-
-
-@pytest.mark.parametrize("names, script, code", PASTE.findall(README), ids=lambda v: v[:9])
-def test_readme_paste_example_runs(names, script, code):
-    """The named definitions and the script's imports, nothing else, then the README's lines."""
-    assert len(code.splitlines()) <= 15
-    wanted, space = set(re.findall(r"`(\w+)`", names)), {}
-    tree = ast.parse(TEXTS[script])
-    for node in tree.body:
-        own = {node.name} if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else \
-            {t.id for t in node.targets if isinstance(t, ast.Name)} if isinstance(node, ast.Assign) else set()
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or own & wanted:
-            exec(compile(ast.Module([node], []), script, "exec"), space)
-            wanted -= own
-    assert not wanted, f"{script}.py has no {wanted}"
-    exec(code, space)
