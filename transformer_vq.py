@@ -953,7 +953,7 @@ def generator(device: torch.device | str, *key: int) -> torch.Generator:
 
 
 def tell(stream: str, text: str, end: str = "\n") -> None:
-    """Prints on sys.stdout or sys.stderr; that nobody listens any more is no reason to lose a run."""
+    """Prints on sys.stdout or sys.stderr; if nobody listens any more, no run is lost for it."""
     try:
         print(text, end=end, file=getattr(sys, stream), flush=True)
     except OSError:
@@ -1132,7 +1132,7 @@ def save_checkpoint(args: argparse.Namespace, step: int, parts: dict, **more) ->
     Raises FloatingPointError if a weight is no longer finite: the older file stays.
     """
     path, nets = Path(args.out) / "ckpt.pt", [v for v in parts.values() if isinstance(v, nn.Module)]
-    if not all(p.isfinite().all() for net in nets for p in net.parameters()):
+    if not torch.stack([p.isfinite().all() for net in nets for p in net.parameters()]).all():
         raise FloatingPointError(f"a weight is no longer finite; {path}, if there, is from before")
     if not RANK:
         config, buffer = {name: getattr(args, name) for name in args.config}, io.BytesIO()
@@ -1167,8 +1167,9 @@ def resume_run(args: argparse.Namespace) -> dict:
     path = newest(args, "ckpt.pt")
     args.out, args.own = str(path.parent), True
     try:
-        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
-            raise ValueError
+        file = zipfile.ZipFile(path)  # torch looks neither at checksums nor at attributes, and a
+        if file.testzip() or any(item.external_attr for item in file.infolist()):  # "folder" is
+            raise ValueError  # memory as it happens to be
         state = torch.load(path, map_location="cpu", weights_only=True)
         config = {name: state["config"][name] for name in args.config}
         kinds = [(state["script"], args.script), (state["step"], args.steps)]
