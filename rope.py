@@ -356,7 +356,7 @@ class LanguageModel(nn.Module):
         """What turns q and k in each layer, at positions n (L,), or 0, ..., length - 1: cos and
         sin (H, L, d/2), or for "general" R_n (H, L, d, d). Made once, for all layers."""
         dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
-        if self.angles == "theta":
+        if self.config["position"] == "rope":
             n = torch.arange(length, device=self.theta.device) if n is None else n
             return list(zip(*rotary_table(n, self.theta, dtype)))
         B = self.B()
@@ -409,7 +409,7 @@ def sample(net: LanguageModel, tokens: Tensor, count: int, g: torch.Generator,
 @torch.no_grad()
 def fold(net: LanguageModel) -> LanguageModel:
     """9403 (10): the plain "rope" model that computes what a "general" one does; same dtype."""
-    if net.angles == "theta":
+    if net.config["position"] == "rope":
         return net
     heads, state, theta = net.config["heads"], net.state_dict(), []
     del state["A"]
@@ -464,24 +464,12 @@ def baselines(train: Tensor, test: Tensor) -> dict[str, float]:
 
 
 def report(net: LanguageModel, train: Tensor, test: Tensor, args: argparse.Namespace) -> dict:
-    """The numbers for metrics.json, said as well; a dense B is folded, and the folded model saved
-    in OUT/folded. Writes bits.svg, samples.txt and for a dense B theta.svg."""
+    """The numbers for metrics.json, said as well; bits.svg and samples.txt. A dense B is folded
+    first: from then on it is the plain RoPE model that is measured."""
     out, metrics = Path(args.out), {}
     if args.position == "general":
-        net, found = completeness(net, test[None, :args.context].long())
-        net = net.float()
-        own = argparse.Namespace(**vars(args) | dict(out=str(out / "folded"), position="rope"))
-        save_checkpoint(own, args.steps, dict(model=net, opt=optimiser(net, args.lr)))
-        metrics["completeness"] = found
-        say(f"9403 (10): a dense B per head, folded into plain RoPE ({own.out}/ckpt.pt), changes\n"
-            f"logits of up to {found['largest_logit']:.1f} by {found['logits']:.1e} at most, in "
-            "float64. Change of scores, relative to the largest:")
-        for name in list(found)[2:]:
-            kept = "nothing is lost" if found[name] < 1e-9 else "P cannot be folded"
-            say(f"  {name:36}{found[name]:10.1e}   {kept}")
-        draw_thetas(out / "theta.svg", net.theta)
-        if args.compile:
-            net.compile()
+        tokens = test[None, :args.context].long()
+        net, metrics["completeness"] = show_completeness(net, tokens, args)
     test = test[:args.eval_bytes + 1]
     with autocast(args):
         bits = bits_by_position(net, test, args.context, args.batch_size * args.context)
@@ -497,19 +485,34 @@ def report(net: LanguageModel, train: Tensor, test: Tensor, args: argparse.Names
     return metrics
 
 
-def draw_thetas(path: Path, theta: Tensor) -> None:
-    """Draws the frequencies of the learnt B, theta (layers, H, d/2), beside those of RoPE."""
-    rows = {"RoPE": thetas(2 * theta.shape[-1])} | {
-        f"layer {i}": row for i, row in enumerate(theta.median(1).values)}
-    draw_curves(path, "log10 theta_i, median of the heads", "i", {
+def show_completeness(net: LanguageModel, tokens: Tensor, args: argparse.Namespace
+                      ) -> tuple[LanguageModel, dict]:
+    """`completeness` in words; the folded model, saved in OUT/folded, and in theta.svg how far the
+    learnt frequencies are from RoPE's."""
+    rope, found = completeness(net, tokens)
+    rope = rope.float()
+    if args.compile:
+        rope.compile()
+    its = argparse.Namespace(**vars(args) | dict(out=f"{args.out}/folded", position="rope"))
+    save_checkpoint(its, args.steps, dict(model=rope, opt=optimiser(rope, args.lr)))
+    rows = {"RoPE": thetas(2 * rope.theta.shape[-1])} | {
+        f"layer {i}": row for i, row in enumerate(rope.theta.median(1).values)}
+    draw_curves(Path(args.out) / "theta.svg", "log10 theta_i, median of the heads", "i", {
         name: (range(len(row)), row.log10().tolist()) for name, row in rows.items()})
+    say(f"9403 (10): a dense B per head, folded into plain RoPE ({its.out}/ckpt.pt), changes\n"
+        f"logits of up to {found['largest_logit']:.1f} by {found['logits']:.1e} at most, in "
+        "float64. Change of scores, relative to the largest:")
+    for name in list(found)[2:]:
+        verdict = "nothing is lost" if found[name] < 1e-9 else "P cannot be folded"
+        say(f"  {name:36}{found[name]:10.1e}   {verdict}")
+    return rope, found
 
 
 def draw_bits(path: Path, bits: Tensor) -> dict[int, float]:
     """Draws bits (L,) by position, in octaves: {n: mean of the positions above n/2 up to n}."""
     ends = [2**k for k in range(len(bits).bit_length())]
     means = {n: bits[n // 2:n].mean().item() for n in ends}
-    draw_curves(path, "bits per byte of the test text", "bytes before it, and itself",
+    draw_curves(path, "bits per byte of the test text", "position in the window",
                 {"": (ends, list(means.values()))}, log2=True)
     return means
 
@@ -710,7 +713,7 @@ def generator(device: torch.device | str, *key: int) -> torch.Generator:
 
 
 def tell(stream: str, text: str, end: str = "\n") -> None:
-    """Prints on sys.stdout or sys.stderr; that nobody listens any more is no reason to lose a run."""
+    """Prints on sys.stdout or sys.stderr; if nobody listens any more, no run is lost for it."""
     try:
         print(text, end=end, file=getattr(sys, stream), flush=True)
     except OSError:
@@ -889,7 +892,7 @@ def save_checkpoint(args: argparse.Namespace, step: int, parts: dict, **more) ->
     Raises FloatingPointError if a weight is no longer finite: the older file stays.
     """
     path, nets = Path(args.out) / "ckpt.pt", [v for v in parts.values() if isinstance(v, nn.Module)]
-    if not all(p.isfinite().all() for net in nets for p in net.parameters()):
+    if not torch.stack([p.isfinite().all() for net in nets for p in net.parameters()]).all():
         raise FloatingPointError(f"a weight is no longer finite; {path}, if there, is from before")
     if not RANK:
         config, buffer = {name: getattr(args, name) for name in args.config}, io.BytesIO()
@@ -924,8 +927,9 @@ def resume_run(args: argparse.Namespace) -> dict:
     path = newest(args, "ckpt.pt")
     args.out, args.own = str(path.parent), True
     try:
-        if zipfile.ZipFile(path).testzip():  # torch does not look at the checksums
-            raise ValueError
+        file = zipfile.ZipFile(path)  # torch looks neither at checksums nor at attributes, and a
+        if file.testzip() or any(item.external_attr for item in file.infolist()):  # "folder" is
+            raise ValueError  # memory as it happens to be
         state = torch.load(path, map_location="cpu", weights_only=True)
         config = {name: state["config"][name] for name in args.config}
         kinds = [(state["script"], args.script), (state["step"], args.steps)]
