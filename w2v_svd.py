@@ -714,7 +714,7 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, s
     for step in training(args, first, save):
         g = generator(device, args.seed, step)
         draw = torch.rand(args.shared_negatives, generator=g, device=device).double()
-        negatives = torch.searchsorted(law, draw * law[-1]).clamp(max=V - 1)
+        negatives = torch.searchsorted(law, draw).clamp(max=V - 1)  # law may end below 1
         reach = torch.randint(1, L + 1, (batch, SPAN), generator=g, device=device)
         reach = None if args.model == "skipgram" else mine(reach)
         starts = mine(batch_rows(blocks, step, batch, args.seed, device)) * SPAN
