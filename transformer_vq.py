@@ -506,8 +506,9 @@ def sample(net: TransformerVQ, tokens: Tensor, count: int, g: torch.Generator,
     logits, states, *_ = net(tokens)
     for _ in range(count):
         share, order = (logits[:, -1] / temperature).softmax(-1).sort(descending=True)
-        share = share.masked_fill(share.cumsum(-1) - share >= nucleus, 0)
-        new = order.gather(1, torch.multinomial(share, 1, generator=g))
+        edges = share.masked_fill(share.cumsum(-1) - share >= nucleus, 0).cumsum(-1)
+        u = torch.rand(len(share), 1, generator=g, device=share.device) * edges[:, -1:]
+        new = order.gather(1, (edges < u).sum(-1, keepdim=True))
         tokens = torch.cat([tokens, new], 1)
         logits, states, *_ = net(new, states)
     return tokens
@@ -599,7 +600,8 @@ def recall(attention: str, far: bool, steps: int, seed: int, device: torch.devic
 def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
     """Prints and draws what the page shows; returns the numbers for metrics.json."""
     trained = args.update_len * args.segments
-    length = min(4 * trained, args.eval_bytes)
+    some = test[:args.eval_bytes + 1]
+    length = min(4 * trained, len(some) - 1)
     ways = {"vq": "vq", "cache off": "window", "exact keys": "exact"} if net.layers[0].book else \
         {args.attention: args.attention}
     edges = [0] + [2**k for k in range(5, 31) if 2**k < length] + [length]
@@ -607,8 +609,7 @@ def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
     curves = {}
     say(f"{'bits per byte at the places':28}" + "".join(f"{f'< {b}':>8}" for b in edges[1:]))
     for name, way in ways.items():
-        bits = read_along(net, test[:args.eval_bytes + 1], length, args.batch_size,
-                                args.update_len, way)
+        bits = read_along(net, some, length, args.batch_size, args.update_len, way)
         metrics["test_bytes"] = bits.numel()
         near = bits[:, :trained].mean()
         means = [bits[:, a:b].mean().item() for a, b in zip(edges, edges[1:])]
@@ -652,11 +653,10 @@ def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namesp
 
 
 # ---- training ----
-
-# Random numbers, by key: (seed, k) where the k-th texts begin; (seed, step, RANK, 5) dropout;
-# (seed, 3) the keys that K-means begins with, (seed, step, 3) those that replace dead codes;
-# (sample_seed, 4) texts drawn; recall: (seed, step, 6) and (seed, 8) its texts, (seed, 7) and
-# (seed, step, 7) its codes; weights from torch.manual_seed(seed).
+# Random streams: torch.manual_seed(seed) the first weights; generator's keys are (seed, k, 1) where
+# the k-th texts begin, (seed, step, RANK, 5) dropout, (seed, 3) the keys that K-means begins with,
+# (seed, step, 3) those that replace dead codes, (sample_seed, 4) the texts drawn; of the recall
+# task (seed, step, 6) and (seed, 8) its texts, (seed, 7) and (seed, step, 7) its codes.
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that each are right, but not together."""
@@ -675,9 +675,9 @@ def check_flags(args: argparse.Namespace) -> None:
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Train, validation and test bytes on the device. Raises UserError if a part is too short."""
     parts = split_text(load_text(args.data, args.cache), device)
-    if len(parts[0]) <= args.update_len * args.segments or len(parts[2]) <= args.eval_bytes:
+    if len(parts[0]) <= args.update_len * args.segments or len(parts[2]) <= 64:
         raise UserError(f"--data {args.data}: {len(parts[0])} bytes to train on, {len(parts[2])} "
-                        "to test; --update-len times --segments, --eval-bytes: less than these")
+                        "to test; more than --update-len times --segments are needed, and 64")
     return parts
 
 
@@ -799,7 +799,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     for step in training(args, first, save):
         net.train()
         lap, segment = divmod(step, args.segments)
-        g = generator(device, args.seed, lap)
+        g = generator(device, args.seed, lap, 1)
         starts = torch.randint(len(text) - args.segments * args.update_len, (args.batch_size, 1),
                                generator=g, device=device)
         tokens = text[mine(starts) + segment * args.update_len + window].long()  # (B, n + 1)

@@ -3,9 +3,9 @@
     python tests/experiments/transformer_vq_arms.py                    # the bare run's model, 1,000 steps each
     python tests/experiments/transformer_vq_arms.py --steps 2 --eval-bytes 4096
 
-Flags it does not know go to transformer_vq.py. An arm a line: bits per byte on held-out text within the trained length,
-and of the places beyond it. Last the post's 发散思考: the model of exact keys gets codebooks by K-means on the keys of one
-batch, before and after --tune steps, beside as many more steps with exact keys.
+Flags it does not know go to transformer_vq.py. An arm a line: bits per byte on held-out text within the trained
+length, and of the places beyond it. Last the post's 发散思考: the model of exact keys gets codebooks by K-means on the
+keys of one batch, before and after --tune steps, beside as many more steps with exact keys.
 """
 
 import argparse

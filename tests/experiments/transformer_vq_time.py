@@ -4,8 +4,8 @@
     python tests/experiments/transformer_vq_time.py --longest 2048       # a look
     python tests/experiments/transformer_vq_time.py --figure time.svg    # and the page's picture
 
-One head, d_k = 64, d_v = 128, float32, codes given; every arm in turn, the median of --repeats. SDPA has q and k padded to
-v's width, which makes it the fused kernel (unpadded it is slower, shown at the shortest n). Slopes are of log time by log n.
+One head, d_k = 64, d_v = 128, float32, codes given; every arm in turn, the median of --repeats. SDPA has q and k
+padded to v's width, which makes it the fused kernel (unpadded it is slower). Slopes are of log time by log n.
 Peak is what a process of its own needs above the inputs, forward and backward. Then milliseconds a token of decoding:
 vq_step, and softmax over a cache of all keys and values.
 """
@@ -79,20 +79,23 @@ def peak_here(arm: str, n: int) -> float:
 
 
 def decode(position: int, repeats: int) -> tuple[float, float]:
-    """Median ms a token at `position`, of vq_step with c = M = 512, and of a cache of all keys."""
+    """Median ms a token at `position`, of vq_step with c = M = 512, and of a cache of all keys; one after the other, as
+    each pushes the other's numbers out of the processor's cache."""
     x = inputs(1024, 512, 512)
     _, state = tvq.vq_attention(x["q"], x["k_hat"], x["ids"], x["v"], x["codebook"], x["bias"], 128)
     state = state._replace(count=state.count * (position / 1024), U=state.U * (position / 1024))
     keys, values = torch.randn(1, position, D_K), torch.randn(1, position, D_V)
     ours, cache = [], []
     for t in range(repeats):
+        q, k, ids, v = (x[name][:, t % 1024] for name in ("q", "k_hat", "ids", "v"))
         begin = time.perf_counter()
-        _, state = tvq.vq_step(x["q"][:, t % 1024], x["k_hat"][:, t % 1024], x["ids"][:, t % 1024],
-                               x["v"][:, t % 1024], x["codebook"], x["bias"], state)
+        _, state = tvq.vq_step(q, k, ids, v, x["codebook"], x["bias"], state)
         ours.append(time.perf_counter() - begin)
+    for t in range(repeats):
+        q, k, v = (x[name][:, t % 1024] for name in ("q", "k_hat", "v"))
         begin = time.perf_counter()
-        keys[:, t % position], values[:, t % position] = x["k_hat"][:, t % 1024], x["v"][:, t % 1024]
-        (x["q"][:, t % 1024, None] @ keys.mT).softmax(-1) @ values
+        keys[:, t % position], values[:, t % position] = k, v
+        (q[:, None] @ keys.mT).softmax(-1) @ values
         cache.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(ours), 1e3 * statistics.median(cache)
 
@@ -140,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"unpadded, SDPA takes {1e3 * once('SDPA unpadded', lengths[0], False):.1f} ms at {lengths[0]}")
     for arm in arms:
         sizes = [peak(arm, n) for n in lengths]
-        print(f"{arm + ', peak MiB':34}" + "".join(f"{m:9.1f}" for m in sizes) + f"{slope(lengths, sizes):8.2f}", flush=True)
+        said = "".join(f"{m:9.1f}" for m in sizes)
+        print(f"{arm + ', peak MiB':34}{said}{slope(lengths, sizes):8.2f}", flush=True)
     places = [n for n in (1024, 4096, 16384, 65536) if n <= 2 * opt.longest] or [opt.longest]
     rows = [decode(n, 20 * opt.repeats) for n in places]
     print(f"{'ms a token at position':34}" + "".join(f"{n:>9}" for n in places))
