@@ -168,7 +168,7 @@ def sample(net: nn.Module, xT: Tensor, g: torch.Generator, sigma: Tensor, clip: 
         yield x
 
 
-# ---- beyond the post: clipping (Ho et al. 2020), fewer steps (DDIM), bits per dimension ----
+# ---- beyond the post: clipping (Ho et al. 2020), fewer steps (DDIM) ----
 
 def clip_eps(xt: Tensor, t: Tensor, e: Tensor, s: Schedule) -> Tensor:
     """The e that stands for x_0 clipped to [-1, 1], as in Ho et al.'s code."""
@@ -210,53 +210,6 @@ def sample_ddim(net: nn.Module, xT: Tensor, g: torch.Generator, steps: int, eta:
         z = torch.randn(x.shape, generator=g, device=x.device) if eta else torch.zeros_like(x)
         x = jump_back(x, t, r, e, z, eta, s)
         yield x
-
-
-@torch.no_grad()
-def bits_per_dim(net: nn.Module, x0: Tensor, g: torch.Generator, kind: str, clip: bool,
-                 s: Schedule) -> Tensor:
-    """The bound of Ho et al. 2020 (5) in bits per dimension, (B,) float64; x0 = uint8 / 127.5 - 1.
-
-    All T terms, one draw each: KL(q(x_{t-1} | x_t, x_0) || p) for t >= 2, where p has the mean and
-    the sigma (`kind`) of (17); the prior's KL(q(x_T | x_0) || N(0, I)); at t = 1 a Gaussian
-    integrated over each of 256 bins. Raises ValueError for sigma "zero", which has no density.
-    """
-    if kind == "zero":
-        raise ValueError("sigma zero has no density")
-    T, s64 = len(s["alpha"]) - 1, {name: row.double() for name, row in s.items()}
-    q, p = sigmas("posterior", s64), sigmas(kind, s64)  # of the true step back and of the net's
-    p[1] = q[1] = q[2]  # departs: no bin can be integrated with sigma_1 = 0; as Ho et al.
-    no_z, exact = torch.zeros_like(x0), x0.double()
-    mean, var = s64["bar_alpha"][T] * exact, s64["bar_beta"][T].square()
-    nats = 0.5 * (mean.square() + var - 1 - var.log()).sum((1, 2, 3))  # the prior's
-    for step in range(T, 0, -1):
-        t = torch.full((len(x0),), step, device=x0.device)
-        eps = torch.randn(x0.shape, generator=g, device=x0.device)
-        xt = diffuse(x0, t, eps, s)
-        e = net(xt, t)
-        if clip:
-            e = clip_eps(xt, t, e, s)
-        mu = step_back(xt.double(), t, e.double(), no_z, p, s64)
-        if step == 1:
-            nats -= log_bin(exact, mu, p[1]).sum((1, 2, 3))
-        else:
-            want = step_back(xt.double(), t, eps.double(), no_z, p, s64)  # Bayes: (16) with eps
-            ratio = (q[step] / p[step]).square()
-            kl = 0.5 * (ratio - 1 - ratio.log() + ((want - mu) / p[step]).square())
-            nats += kl.sum((1, 2, 3))
-    return nats / (x0[0].numel() * math.log(2))
-
-
-def log_bin(x: Tensor, mu: Tensor, sigma: Tensor) -> Tensor:
-    """log probability of x's bin, 1/127.5 wide, under N(mu, sigma^2); the outer bins are open.
-
-    x one of -1, -1 + 1/127.5, ..., 1; Ho et al. 2020 (13), with the exact normal integral.
-    """
-    above = torch.where(x > 0.999, math.inf, (x - mu + 1 / 255) / sigma)
-    below = torch.where(x < -0.999, -math.inf, (x - mu - 1 / 255) / sigma)
-    flip = (above + below).nan_to_num() > 0  # integrate in the tail where no digits cancel
-    above, below = torch.where(flip, -below, above), torch.where(flip, -above, below)
-    return (torch.special.ndtr(above) - torch.special.ndtr(below)).clamp(min=1e-300).log()
 
 
 # ---- model ----
@@ -463,17 +416,6 @@ def draw(net: nn.Module, shape: tuple[int, ...], count: int, steps: int, args: a
     return torch.cat(pictures), to_uint8(torch.stack(way)).cpu()
 
 
-def bound(net: nn.Module, x: Tensor, args: argparse.Namespace, s: Schedule) -> dict:
-    """Bits per dimension of uint8 pictures x, of the sampler (17), for metrics.json."""
-    kind = "beta" if args.sigma == "zero" else args.sigma  # zero has no density
-    g = generator(x.device, args.seed, 0, 4)
-    pieces = watch(to_float(x).split(args.samples), -(-len(x) // args.samples), "bits")
-    bits = torch.cat([bits_per_dim(net, x0, g, kind, args.clip, s) for x0 in pieces])
-    error = bits.std().item() / len(bits) ** 0.5 if len(bits) > 1 else None
-    return dict(bits_per_dim=bits.mean().item(), bits_standard_error=error, bits_images=len(bits),
-                bits_schedule=args.schedule, bits_sigma=kind)
-
-
 def report(net: nn.Module, ema: nn.Module, x: Tensor, x_test: Tensor, args: argparse.Namespace,
            s: Schedule) -> dict:
     """Writes samples.png, building.png and nearest.png; returns the numbers for metrics.json.
@@ -499,8 +441,6 @@ def report(net: nn.Module, ema: nn.Module, x: Tensor, x_test: Tensor, args: argp
             bins = held_out_loss(network, x_test[:args.test_images], args.seed, args.samples, s)
             metrics |= {f"held_out_loss_{name}": sum(bins) / 10,
                         f"held_out_loss_{name}_by_t": bins}
-        if args.eval_images:
-            metrics |= bound(ema, x_test[:args.eval_images], args, s)
     if args.judge:
         metrics |= judge(pictures[:args.judge], x, x_test, args.seed)
     return metrics
@@ -509,8 +449,8 @@ def report(net: nn.Module, ema: nn.Module, x: Tensor, x_test: Tensor, args: argp
 # ---- training ----
 # Random streams, none used twice: torch.manual_seed(seed) the first weights; generator's keys are
 # (seed, step) t, noise and mirrors of a step; (seed, step, rank, 5) dropout; (seed, first, 2) the
-# samples from `first` on; (seed, 0, 1) noise of the held-out loss, 3 of tearing down, 4 of the
-# bound; and in the plumbing (seed, epoch, 9) the order, (seed, 0, 10) the judge, (0,) the faces.
+# samples from `first` on; (seed, 0, 1) noise of the held-out loss, 3 of tearing down; and in the
+# plumbing (seed, epoch, 9) the order, (seed, 0, 10) the judge, (0,) the faces.
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together, once --resume has had its say."""
@@ -667,7 +607,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         save_every= (800,       2000,         10_000,       1, "steps between checkpoints"),
         samples=    (64,                                    1, "pictures in a grid"),
         test_images=(500,       2000,         10_000,       1, "held out, for the loss (15)"),
-        eval_images=(16,        64,                         0, "held out, for bits per dimension"),
         judge=      (1000,                                  0, "samples for Frechet's distance, "
                      "precision, recall and sharpness"),
         sample_steps=(25,       50,           0,            0, "of DDIM; 0: all T of 9119 (17)"),
