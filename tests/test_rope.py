@@ -186,6 +186,15 @@ def test_9403_8_canonical_refuses_what_is_not_skew():
             rope.canonical(B)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_9403_8_skew_is_told_relative_to_the_size_of_B(size):
+    B, S = rope.skew(draws(6, 6)), draws(6, 6, seed=1)
+    P, theta = rope.canonical(size * (B + 1e-12 * (S + S.T)))
+    assert far(P @ lam(theta) @ P.T, size * B) < 1e-10 * size
+    with pytest.raises(ValueError, match="skew"):
+        rope.canonical(size * (B + 1e-6 * (S + S.T)))
+
+
 def scores(q, k, R):
     """q_m^T R_m^T R_n k_n by loops; R a function of the position."""
     R = [R(n) for n in range(len(q))]
