@@ -178,7 +178,7 @@ if __name__ == "__main__":
     import argparse  # noqa: F401  what the scripts import is here already
 
     import numpy  # noqa: F401
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401  an optimiser imports it: a second
     import torch.distributed  # noqa: F401
 
     request, fds = serve(sys.argv[1])

@@ -1,20 +1,27 @@
-"""The shared blocks that draw, judge and read pictures, and those for order and noise; as they stand in ddpm.py."""
+"""The shared blocks as they stand in ddpm.py, and in rope.py what is for texts; test_habits.py tests them at work."""
 
 import argparse
+import bz2
 import gzip
 import hashlib
 import http.client
 import io
+import itertools
+import json
+import lzma
 import os
 import re
 import struct
 import tarfile
+import time
+import zipfile
 import zlib
 from pathlib import Path
 
 import ddpm
 import numpy as np
 import pytest
+import rope
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -382,3 +389,239 @@ def test_judge_on_pictures_of_less_than_50_components():
     got, want = ddpm.judge(x[:50], x, x[100:], 0), plain_judge(x[:50], x, x[100:], 0)
     for name in ("frechet", "frechet_floor", "sharpness"):
         assert got[name] == pytest.approx(want[name], rel=1e-4), name
+
+
+# ---- flags ----
+
+def flags(argv, experiment=None, others=None):
+    experiment = experiment or dict(
+        steps=(5, 50, 500, 1, "in all"), seed=(0, 0, "of it"), lr=(0.5, 0.25, 0.0, "rate"), mults=((1, 2), (3,), 1, "widths"),
+        kind=("a", "b", ("a", "b"), "which"), flip=(False, False, True, None, "mirror"), decay=(True, None, "fall"))
+    others = others or dict(paper=(False, None, "whole"), save_every=(9, 1, "steps"), eval=([], None, "files"),
+                            sample_only=(0, 0, "only draw"))
+    return ddpm.read_flags("x", "Title 100 %", argv, experiment, others)
+
+
+def test_flags_take_the_column_that_is_asked_for():
+    names = "steps seed lr mults kind flip decay".split()
+    for argv, want in (([], [5, 0, 0.5, (1, 2), "a", False, True]), (["--gpu"], [50, 0, 0.25, (3,), "b", False, True]),
+                       (["--paper"], [500, 0, 0.25, (3,), "b", True, True]),
+                       (["--paper", "--gpu"], [500, 0, 0.25, (3,), "b", True, True])):
+        args = flags(argv)
+        assert [getattr(args, name) for name in names] == want
+        assert args.given == {word[2:] for word in argv} and args.config == names
+
+
+def test_flags_read_what_their_default_is():
+    args = flags("--seed 7 --lr 1e-3 --mults 4,5,6 --kind b --flip --no-decay --eval a.tsv b.tsv --out o".split())
+    assert (args.seed, args.lr, args.mults, args.kind, args.flip, args.decay) == (7, 1e-3, (4, 5, 6), "b", True, False)
+    assert args.eval == ["a.tsv", "b.tsv"] and args.out == "o" and not args.resume
+    assert args.given == {"seed", "lr", "mults", "kind", "flip", "decay", "eval", "out"}
+    assert flags(["--no-flip", "--paper"]).flip is False
+    assert flags(["--sample-only", "2"]).resume and not flags(["--sample-only", "0"]).resume
+
+
+@pytest.mark.parametrize("argv", ["--steps 0", "--lr -0.1", "--lr nan", "--lr inf", "--mults 1,0", "--mults 1,x", "--kind c",
+                                  f"--seed {2**63}", "--seed x", "--sample-only -1", "--no-gpu", "--eval", "--see 1"])
+def test_flags_out_of_bounds_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags(argv.split())
+    assert stop.value.code == 2 and argv.split()[0] in capsys.readouterr().err
+
+
+# ---- setup ----
+
+def test_ranks_share_the_rows_of_a_batch(monkeypatch):
+    rows, parts = torch.arange(12).view(6, 2), []
+    monkeypatch.setattr(ddpm, "RANKS", 3)
+    for rank in range(3):
+        monkeypatch.setattr(ddpm, "RANK", rank)
+        parts.append(ddpm.mine(rows))
+    assert torch.equal(torch.cat(parts), rows) and [len(part) for part in parts] == [2, 2, 2]
+
+
+def test_autocast_is_for_the_gpu_only_and_not_with_fp32():
+    x = torch.ones(2, 2)
+    for gpu, fp32 in ((False, False), (False, True), (True, True)):
+        how = ddpm.autocast(argparse.Namespace(gpu=gpu, fp32=fp32))
+        with how:
+            assert (x @ x).dtype == torch.float32 and not torch.is_autocast_enabled("cuda")
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(torch, "autocast", lambda *a, **k: (a, k))
+        assert ddpm.autocast(argparse.Namespace(gpu=True, fp32=False)) == (("cuda", torch.bfloat16), {"enabled": True})
+
+
+@pytest.mark.parametrize("fp32", [False, True])
+def test_fp32_turns_tf32_off(monkeypatch, fp32):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda k: None)
+    kept = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    try:
+        assert str(ddpm.setup(argparse.Namespace(batch_size=1, gpu=True, fp32=fp32))) == "cuda:0"
+        assert torch.get_float32_matmul_precision() == ("highest" if fp32 else "high")
+        assert torch.backends.cudnn.allow_tf32 is not fp32
+    finally:
+        torch.set_float32_matmul_precision(kept[0])
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = kept[1:]
+
+
+# ---- checkpoint ----
+
+def run_args(**more):
+    return argparse.Namespace(script="ddpm", steps=10, save_every=4, seed=3, config=["steps", "seed"], given=set(), own=True,
+                              out="o", gpu=False, fp32=False, compile=False, **more)
+
+
+def test_checkpoint_holds_what_it_says_and_comes_back():
+    net = torch.nn.Linear(2, 1)
+    opt = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    parts, args = dict(model=net, opt=opt), run_args()
+    ddpm.save_checkpoint(args, 4, parts, shape=(1, 2))
+    state = torch.load("o/ckpt.pt", weights_only=True)
+    assert state["config"] == {"steps": 10, "seed": 3} and (state["script"], state["step"], state["shape"]) == ("ddpm", 4, (1, 2))
+    assert [p.name for p in Path("o").iterdir()] == ["ckpt.pt"]
+    other = torch.nn.Linear(2, 1)
+    more = torch.optim.Adam(other.parameters())
+    args.steps, args.seed = 12, 9
+    args.given.add("steps")
+    assert ddpm.restore(ddpm.resume_run(args), dict(model=other, opt=more)) == 4
+    assert torch.equal(other.weight, net.weight) and (args.steps, args.seed) == (12, 3)
+    assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in zip(opt.state.values(), more.state.values()))
+    assert ddpm.restore(None, parts) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_checkpoint_of_a_weight_that_is_not_finite_is_not_written(part, value):
+    parts = dict(model=torch.nn.Linear(2, 1), ema=torch.nn.Linear(2, 1))
+    ddpm.save_checkpoint(run_args(), 1, parts)
+    good = Path("o/ckpt.pt").read_bytes()
+    parts[part].bias.data.fill_(value)
+    with pytest.raises(FloatingPointError, match="o/ckpt.pt"):
+        ddpm.save_checkpoint(run_args(), 2, parts)
+    assert Path("o/ckpt.pt").read_bytes() == good
+
+
+def test_other_ranks_write_nothing(monkeypatch):
+    monkeypatch.setattr(ddpm, "RANK", 1)
+    args = run_args()
+    args.own = False
+    ddpm.make_room(args)
+    ddpm.save_checkpoint(args, 1, dict(model=torch.nn.Linear(2, 1)))
+    assert not list(Path().iterdir())
+
+
+def test_metrics_are_json_and_what_is_not_known_is_null(capsys):
+    ddpm.write_metrics(run_args(), {"a": float("nan"), "b": [1.5, float("inf")], "c": {"d": -float("inf")}, "e": 0})
+    assert json.loads(Path("o/metrics.json").read_text(), parse_constant=lambda word: pytest.fail(word)) == {
+        "a": None, "b": [1.5, None], "c": {"d": None}, "e": 0}
+    assert capsys.readouterr().out.endswith(" o/\n")
+
+
+# ---- progress ----
+
+def ticking(monkeypatch, seconds):
+    monkeypatch.setattr(time, "perf_counter", itertools.count(0, seconds).__next__)
+
+
+@pytest.mark.parametrize("first, saves", [(0, [(4, False), (8, False), (10, True)]), (4, [(8, False), (10, True)]),
+                                          (9, [(10, True)]), (10, [(10, True)])])
+def test_training_saves_in_time_and_once(first, saves):
+    seen, steps = [], []
+    for step in ddpm.training(run_args(), first, lambda step, end: seen.append((step, end))):
+        steps.append(step)
+    assert steps == list(range(first, 10)) and seen == saves
+
+
+def test_progress_shows_means_of_what_came_since_the_last_line(monkeypatch, capsys):
+    Path("o").mkdir()
+    ticking(monkeypatch, 4.0)
+    progress = ddpm.Progress(run_args(), 0, 12_345, 8, "img")
+    for step in range(1, 11):
+        progress.add(step, loss=torch.tensor(float(step)), lr=0.5)
+    head, *rows = [line.split(",") for line in Path("o/log.csv").read_text().splitlines()]
+    assert head == ["step", "items", "rate", "elapsed", "loss", "lr"]
+    # a line at step 1; then at each third step, when 12 of the 10 seconds have passed; and at the last
+    assert [int(row[0]) for row in rows] == [1, 4, 7, 10]
+    assert [float(row[4]) for row in rows] == [1, 3, 6, 9] and {row[5] for row in rows} == {"0.5"}
+    assert [float(row[2]) for row in rows] == [2, 2, 2, 2] and [int(row[1]) for row in rows] == [8, 32, 56, 80]
+    assert [float(row[3]) for row in rows] == [4, 16, 28, 40]
+    said = capsys.readouterr().out
+    assert "12,345 parameters" in said and "step 4/10  loss 3  lr 0.5  2 img/s  elapsed 0:00:16  eta 0:00:24\n" in said
+
+
+def test_progress_after_a_resume_counts_from_there(monkeypatch, capsys):
+    Path("o").mkdir()
+    ticking(monkeypatch, 20.0)
+    progress = ddpm.Progress(run_args(), 6, 1, 2, "img")
+    progress.add(7, loss=1.0)
+    assert "rate" in Path("o/log.csv").read_text() and "7,14,0.1,20.0,1.0" in Path("o/log.csv").read_text()
+    assert "elapsed 0:00:20  eta 0:01:00" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_progress_stops_where_a_mean_is_not_finite(monkeypatch, at):
+    Path("o").mkdir()
+    ticking(monkeypatch, 4.0)
+    progress = ddpm.Progress(run_args(), 0, 1, 1, "img")
+    with pytest.raises(FloatingPointError, match="step [14]: loss nan"):
+        for step in range(1, 5):
+            progress.add(step, loss=float("nan") if step == at else 1.0)
+
+
+def test_watch_gives_all_and_says_how_far(monkeypatch, capsys):
+    ticking(monkeypatch, 4.0)
+    assert list(ddpm.watch("abcdefgh", 8, "drawing")) == list("abcdefgh")
+    assert capsys.readouterr().out == "drawing 2/8  eta 0:00:36\ndrawing 5/8  eta 0:00:14\n"
+    ticking(monkeypatch, 0.001)
+    assert list(ddpm.watch(iter("ab"), 2, "drawing")) == ["a", "b"] and capsys.readouterr().out == ""
+
+
+# ---- texts ----
+
+def zipped(**members):
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return body.getvalue()
+
+
+def test_text_from_files_of_each_kind():
+    for name, body in (("a.txt", b"some\xff"), ("a.gz", gzip.compress(b"some\xff")), ("a.bz2", bz2.compress(b"some\xff")),
+                       ("a.xz", lzma.compress(b"some\xff"))):
+        Path(name).write_bytes(body)
+        assert rope.load_text(name, "cache") == [b"some\xff"]
+    Path("a.zip").write_bytes(zipped(b="second", a="first", c=""))
+    assert rope.load_text("a.zip", "cache") == [b"first", b"second"]
+
+
+def test_text_of_the_standard_library_is_mixed_and_without_its_tests():
+    documents = rope.load_text("python", "cache")
+    assert documents == rope.load_text("python", "cache") and len(documents) > 400 and all(documents)
+    root = Path(json.__file__).parents[1]
+    assert (root / "json/decoder.py").read_bytes() in documents
+    assert not any(b"import unittest\n" in d and b"class Test" in d and b"test.support" in d for d in documents)
+    assert documents != sorted(documents)
+
+
+@pytest.mark.parametrize("name, body", [
+    ("none.txt", None), ("", None), ("empty", b""), ("bad.gz", b"no"), ("bad.bz2", b"no"), ("bad.xz", b"no"), ("bad.zip", b"no"),
+    ("cut.gz", gzip.compress(bytes(range(99)))[:-9]), ("cut.xz", lzma.compress(bytes(range(99)))[:-9]),
+    ("cut.bz2", bz2.compress(bytes(range(99)))[:-9]), ("cut.zip", zipped(a="first")[:-9]), ("none.zip", zipped(a=""))])
+def test_text_that_cannot_be_read_is_refused(name, body):
+    if body is not None:
+        Path(name).write_bytes(body)
+    with pytest.raises(rope.UserError, match="--data"):
+        rope.load_text(name, "cache")
+
+
+@given(st.integers(20, 500))
+def test_text_is_split_without_loss(length):
+    whole = bytes(k % 256 for k in range(length))
+    parts = rope.split_text([whole[:7], whole[8:]], torch.device("cpu"))
+    joined = whole[:7] + b"\n" + whole[8:]
+    assert bytes(torch.cat(parts).tolist()) == joined and [len(p) for p in parts[1:]] == [length // 20] * 2
