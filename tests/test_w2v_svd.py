@@ -638,7 +638,8 @@ PAIRS = [("king", "queen", -1.5), ("king", "man", 9.5), ("man", "apple", 2e-1), 
 def test_evaluate_reads_pairs_and_counts_what_it_cannot_ask(head, apart):
     """However the columns stand apart, with a headline or a byte-order mark; negative scores count."""
     rows = [*PAIRS, ("man", "zebra", 3.0)]
-    Path("p.tsv").write_text(head.format(apart) + "\n# within\n".join(apart.join(map(str, row)) for row in rows), "utf-8")
+    body = "\n# within\n".join(apart.join(map(str, row)) for row in rows)
+    Path("p.tsv").write_text(head.format(apart) + body, "utf-8")
     score = w.evaluate(Path("p.tsv"), WORDS, PLANE)
     assert (score["asked"], score["of"]) == (4, 5)
     order = [0.0, 1.2 / math.sqrt(2 * 1.04), 0.0, 1.0]  # the cosines
