@@ -579,14 +579,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           32,           8, "pixels, if the data have any size"),
-        steps=      (1600,      12_000,       800_000,      1, "in all, resumed ones included"),
+        steps=      (1800,      12_000,       800_000,      1, "in all, resumed ones included"),
         batch_size= (32,        128,          128,          1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         T=          (250,       1000,         1000,         21, "diffusion steps, 9119 (2)"),
         schedule=   ("post",    "post",       "paper",      ("post", "paper"), "alpha_t: post is "
                      "9119 (18), paper is linear in its beta"),
-        width=      (24,        128,          128,          4, "channels of the first level"),
-        mults=      ((1, 2, 3), (1, 2, 2, 2), (1, 2, 2, 2), 1, "channels of each level, in widths"),
+        width=      (16,        128,          128,          4, "channels of the first level"),
+        mults=      ((1, 2, 4), (1, 2, 2, 2), (1, 2, 2, 2), 1, "channels of each level, in widths"),
         blocks=     (1,         2,                          1, "residual blocks per level"),
         attention=  ((2,),      (1,),                       0, "levels that attend, 0 the first"),
         patch=      (2,         2,            1,            1, "side of the squares of pixels that "
@@ -604,12 +604,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     others = dict(
         paper=      (False,                                 None, "Ho et al.'s CIFAR-10, whole"),
-        save_every= (800,       2000,         10_000,       1, "steps between checkpoints"),
+        save_every= (900,       2000,         10_000,       1, "steps between checkpoints"),
         samples=    (64,                                    1, "pictures in a grid"),
         test_images=(500,       2000,         10_000,       1, "held out, for the loss (15)"),
         judge=      (1000,                                  0, "samples for Frechet's distance, "
                      "precision, recall and sharpness"),
-        sample_steps=(25,       50,           0,            0, "of DDIM; 0: all T of 9119 (17)"),
+        sample_steps=(16,       50,           0,            0, "of DDIM; 0: all T of 9119 (17)"),
         eta=        (0.0,                                   0, "of DDIM: 0 no noise, 1 as (17)"),
         sigma=      ("beta",    ("beta", "posterior", "zero"), "sigma_t of 9119 (17)"),
         clip=       (True,                                  None, "the x_0 foreseen to [-1, 1]"),

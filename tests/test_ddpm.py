@@ -783,23 +783,23 @@ REPORTS = ["--sample-steps 0 --sigma posterior --dropout 0.5", "--sample-steps 5
 @pytest.mark.parametrize("flags", REPORTS)
 def test_the_report_again_from_the_checkpoint(pictures, flags):
     """Every number and picture: from the average, in eval mode, on the pictures that it should come from."""
-    flags += " --lr 0.05 --warmup 1 --ema 0.9 --test-images 1 --judge 6"
+    flags += " --lr 0.05 --warmup 1 --ema 0.9 --test-images 1 --judge 14"
     state, metrics = main(f"{flags} --steps 12 --save-every 10")
     args, out = ddpm.parse_args([*TINY.split(), *flags.split()]), Path("out/ddpm")
     train, held_out = pictures[:54], pictures[54:]
     ema, s = network(flags, state["ema"])
     raw, _ = network(flags, state["model"])
 
-    grids = [drawn(ema, flags, s, first, count) for first, count in ((0, 4), (4, 2))]  # --samples at a time
-    samples = torch.cat([pictures for pictures, _ in grids])
+    grids = [drawn(ema, flags, s, first, count) for first, count in ((0, 4), (4, 4), (8, 4), (12, 2))]
+    samples = torch.cat([pictures for pictures, _ in grids])  # --samples at a time
     assert near(tiles(out / "samples.png").flatten(0, 1), samples[:4])
-    assert not near(samples[:2], samples[4:])
+    assert not near(samples[:4], samples[4:8])
     preview = tiles(out / "samples_000010.png").flatten(0, 1)
     assert preview.shape == samples[:4].shape and not near(preview, samples[:4])
 
     top, below = tiles(out / "nearest.png")
-    assert near(top, samples)
-    distance = (samples[:, None] - train.float()[None]).flatten(2).norm(dim=2)
+    assert near(top, samples[:12])
+    distance = (samples[:12, None] - train.float()[None]).flatten(2).norm(dim=2)
     assert torch.equal(below, train[distance.argmin(1)].float())
 
     up, down = grids[0][1], [held_out[0].float() / 127.5 - 1]
@@ -830,7 +830,18 @@ def test_the_report_again_from_the_checkpoint(pictures, flags):
     want = plain_judge(samples.to(torch.uint8), train, held_out, args.seed)
     for name in ("frechet", "precision", "recall", "sharpness", "frechet_floor", "recall_floor", "sharpness_floor"):
         assert metrics[name] == pytest.approx(want[name], rel=0.02), name
-    assert (metrics["step"], metrics["images_seen"], metrics["seed"], metrics["samples"]) == (12, 84, args.seed, 6)
+    assert (metrics["step"], metrics["images_seen"], metrics["seed"], metrics["samples"]) == (12, 84, args.seed, 14)
+    seconds = metrics["train_seconds"]
+    assert 0 < metrics["sample_seconds"] < 60 and 0 < seconds < 60
+    assert metrics["images_per_second"] == pytest.approx(84 / seconds)
+
+
+def test_a_preview_takes_at_most_50_steps(pictures, monkeypatch):
+    draw, steps = ddpm.draw, []
+    monkeypatch.setattr(ddpm, "draw", lambda *a: steps.append(a[3]) or draw(*a))
+    for T, sample_steps in ((60, 0), (30, 0), (60, 7)):
+        main(f"--steps 2 --save-every 1 --T {T} --sample-steps {sample_steps}", f"{T}.{sample_steps}")
+    assert steps == [50, 0, 30, 0, 7, 7]
 
 
 def test_many_held_out_pictures_are_spread_over_t(pictures):
