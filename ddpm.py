@@ -407,7 +407,7 @@ def draw(net: nn.Module, shape: tuple[int, ...], count: int, steps: int, args: a
     for first in watch(range(0, count, args.samples), -(-count // args.samples), "sampling"):
         g = generator(device, args.seed, first, 2)
         xT = torch.randn((min(args.samples, count - first), *shape), generator=g, device=device)
-        states = sample_ddim(net, xT, g, steps, args.eta, args.clip, s) if steps else \
+        states = sample_ddim(net, xT, g, min(steps, args.T), args.eta, args.clip, s) if steps else \
             sample(net, xT, g, sigmas(args.sigma, s), args.clip, s)
         for x in states:
             if first == 0:
@@ -458,7 +458,8 @@ def check_flags(args: argparse.Namespace) -> None:
             (max(args.dropout, args.ema) >= 1, "--dropout, --ema: below 1"),
             (not args.mults, "--mults: a number for each level"),
             (max(args.attention, default=0) >= len(args.mults), "--attention: no such level"),
-            (args.sample_steps > args.T, f"--sample-steps {args.sample_steps}: T is {args.T}"),
+            ("sample_steps" in args.given and args.sample_steps > args.T,
+             f"--sample-steps {args.sample_steps}: T is {args.T}"),
             ("eta" in args.given and not args.sample_steps, "--eta: not with --sample-steps 0"),
             ("sigma" in args.given and args.sample_steps, "--sigma: with --sample-steps 0 only")):
         if wrong:
@@ -515,13 +516,11 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     make_room(args)
     progress = Progress(args, first, sum(p.numel() for p in params), args.batch_size, "img")
 
-    few = args.sample_steps or min(50, args.T)
-
     def save(step: int, end: bool) -> None:
         save_checkpoint(args, step, parts, shape=tuple(x.shape))
         if not end and not RANK:
             with autocast(args):
-                pictures, _ = draw(ema, shape, args.samples, few, args, s)
+                pictures, _ = draw(ema, shape, args.samples, args.sample_steps or 50, args, s)
             write_png(Path(args.out) / f"samples_{step:06}.png",
                       grid(pictures, math.isqrt(args.samples)))
 
@@ -1228,13 +1227,13 @@ def judge(samples: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[s
 
     var, turn = torch.linalg.eigh(project(real).mT.cov(correction=0))
     basis, var = basis @ turn[:, -50:], var[-50:].clamp(min=0)
-    near, metrics = project(real[:len(samples)]), {}
+    near, steep, metrics = project(real[:len(samples)]), gradient(real), {}
     for x, name in ((samples, ""), (floor, "_floor")):
         y, enough = project(x), min(len(x), len(near)) > 3
         metrics |= {f"frechet{name}": frechet(y, var) if len(x) > 1 else None,
                     f"precision{name}": covered(y, near) if enough else None,
                     f"recall{name}": covered(near, y) if enough else None,
-                    f"sharpness{name}": gradient(x) / gradient(real) if gradient(real) else None}
+                    f"sharpness{name}": gradient(x) / steep if steep else None}
     return metrics
 
 
@@ -1259,8 +1258,9 @@ def covered(y: Tensor, by: Tensor) -> float:
 
 def gradient(x: Tensor) -> float:
     """Mean absolute difference of neighbouring pixels, down and across."""
-    return sum(piece.float().diff(dim=d).abs().mean((1, 2, 3)).sum().item()
-               for piece in x.split(256) for d in (2, 3)) / len(x)
+    sums = [piece.float().diff(dim=d).abs().mean((1, 2, 3)).sum()
+            for piece in x.split(256) for d in (2, 3)]
+    return torch.stack(sums).sum().item() / len(x)
 # === end shared ===
 
 

@@ -837,11 +837,19 @@ def test_the_report_again_from_the_checkpoint(pictures, flags):
 
 
 def test_a_preview_takes_at_most_50_steps(pictures, monkeypatch):
-    draw, steps = ddpm.draw, []
-    monkeypatch.setattr(ddpm, "draw", lambda *a: steps.append(a[3]) or draw(*a))
+    jumps, steps = ddpm.sample_ddim, []
+    monkeypatch.setattr(ddpm, "sample_ddim", lambda *a: steps.append(a[3]) or jumps(*a))
     for T, sample_steps in ((60, 0), (30, 0), (60, 7)):
         main(f"--steps 2 --save-every 1 --T {T} --sample-steps {sample_steps}", f"{T}.{sample_steps}")
-    assert steps == [50, 0, 30, 0, 7, 7]
+    assert steps == [50, 30, 7, 7]  # the report of the first two takes all T of (17)
+
+
+def test_fewer_T_than_the_default_sample_steps_is_no_error(pictures):
+    argv = "--data a.npy --gpu --T 30 --mults 1,2 --width 8 --batch-size 4 --attention 1 --judge 0 --samples 1".split()
+    ddpm.check_flags(ddpm.parse_args(argv))  # 50 by default
+    ddpm.check_flags(args := ddpm.parse_args([*argv, "--eta", "0"]))
+    net, s = ddpm.build(args, 3, torch.device("cpu"))
+    assert len(ddpm.draw(net.eval(), (3, 9, 9), 1, args.sample_steps, args, s)[1]) == 31
 
 
 def test_many_held_out_pictures_are_spread_over_t(pictures):
