@@ -525,6 +525,7 @@ def test_restart_moves_dead_codes_only_and_is_consistent():
         assert ((keys - code).abs().amax(-1) < 1e-6).sum() == 1
     assert far(book.vectors()[1], book.vectors()[3]) > 0.1 and not book.dead().any()
     assert far(book.sums, book.vectors() * book.count[:, None]) < 1e-6
+    assert far(book.count[dead], kept["count"].mean() / 10) < 1e-6  # twice what keeps a code alive
     assert torch.equal(ids, tvq.quantize(keys, book.vectors()[~dead])[0])
 
 
