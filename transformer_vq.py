@@ -1335,7 +1335,7 @@ def draw_curves(path: Path, title: str, x_label: str, curves: dict[str, tuple[li
                 '</text>']
     for x in across:
         svg.append(f'<text x="{at(x, 0).partition(",")[0]}" y="308" text-anchor="middle">'
-                   f'{2 ** x if log2 else x:.4g}</text>')
+                   f'{2 ** x if log2 else x:g}</text>')
     colours = itertools.cycle(["#0b62a4", "#d1495b", "#2e8b57", "#e0a100", "#7b52ab", "#555"])
     for row, ((name, points), colour) in enumerate(zip(lines.items(), colours)):
         line, pen = "", "M"

@@ -28,7 +28,7 @@ SHORT = {  # a run of half a second on what `folder` writes
             "--sample-steps 2 --test-images 2 --judge 6 --warmup 2",
     "rope": "--data text.txt --width 16 --layers 1 --heads 2 --context 16 --batch-size 4 --eval-bytes 256 --length 6 "
             "--samples 2 --warmup 2",
-    "transformer_vq": "--data text.txt --width 16 --layers 2 --d-k 8 --d-v 16 --codes 8 --window 4 --block 4 --update-len 8 "
+    "transformer_vq": "--data text.txt --width 16 --layers 2 --d-k 8 --d-v 16 --codes 4 --window 4 --block 4 --update-len 8 "
                       "--segments 2 --batch-size 4 --eval-bytes 128 --length 12 --samples 2 --warmup 2 --recall-steps 0",
     "w2v_svd": "--data text.txt --model skipgram --min-count 1 --dim 4 --window 2 --batch-size 64 --shared-negatives 8",
 }
