@@ -1136,8 +1136,8 @@ def draw_curves(path: Path, title: str, x_label: str, curves: dict[str, tuple[li
         return (f"{60 + 480 * (x - across[0]) / (across[-1] - across[0]):.1f},"
                 f"{290 - 240 * (y - up[0]) / (up[-1] - up[0]):.1f}")
 
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="680" height="340" font-size="12" '
-           'font-family="sans-serif"><rect width="680" height="340" fill="#fff"/>',
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" width="740" height="340" font-size="12" '
+           'font-family="sans-serif"><rect width="740" height="340" fill="#fff"/>',
            f'<text x="60" y="30" font-size="15">{html.escape(title)}</text>',
            f'<text x="540" y="328" text-anchor="end">{html.escape(x_label)}</text>']
     for y in up:
