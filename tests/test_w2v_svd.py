@@ -940,6 +940,8 @@ def test_the_closed_form_again_from_the_text(changed):
     got, W = read_bin("out/w2v_svd/vectors.bin")
     assert got == words and W.shape == (V, k)
     np.testing.assert_allclose(W @ W.T, want @ want.T, rtol=0, atol=5e-5 * (want @ want.T).max())
+    log = [line.split(",") for line in Path("out/w2v_svd/log.csv").read_text().splitlines()]
+    assert log[0] == "step items rate elapsed".split() and [row[:2] for row in log[1:]] == [["30", "30"]]
 
 
 SGD = dict(model="skipgram", loss="negative", batch_size=64, shared_negatives=8, window=2, dim=4, negative=5,
