@@ -448,8 +448,7 @@ def completeness(net: LanguageModel, tokens: Tensor) -> tuple[LanguageModel, dic
 @torch.no_grad()
 def bits_by_position(net: nn.Module, data: Tensor, length: int, batch: int) -> Tensor:
     """loss (N, length) on all windows of `length` bytes in data (T,), `batch` bytes at once."""
-    rows = data[:1 + (len(data) - 1) // length * length].unfold(0, length + 1, length)
-    parts = rows.split(max(1, batch // length))
+    parts = data.unfold(0, length + 1, length).split(max(1, batch // length))
     parts = watch(parts, len(parts), "evaluating, batch")
     return torch.cat([loss(net, part.long()) for part in parts])
 
