@@ -434,7 +434,10 @@ def report(net: nn.Module, ema: nn.Module, x: Tensor, x_test: Tensor, args: argp
     noise = torch.randn((args.T, *x.shape[1:]), generator=g, device=x.device)
     down = to_uint8(tear_down(to_float(x_test[0]), noise, s)).cpu()
     early = torch.linspace(0, 1, 12).square()  # where most of what can be seen happens
-    rows = [way[(early * (len(way) - 1)).long()] for way in (down, up.flip(0))]
+    rows = []
+    for way in (down, up.flip(0)):
+        k = torch.maximum(early * (len(way) - 1), torch.arange(12))  # none twice, if there are 12
+        rows.append(way[k.clamp(max=len(way) - 1).long()])
     write_png(out / "building.png", grid(torch.cat([rows[0], rows[1].flip(0)]), 12))
     with autocast(args):
         for name, network in (("raw", net), ("ema", ema)):
