@@ -988,7 +988,7 @@ def training(args: argparse.Namespace, first: int, save: Callable) -> Iterator[i
             stop = torch.tensor(float(bool(STOP)))  # a copy: a signal may come at any moment
             if RANKS > 1:
                 torch.distributed.all_reduce(stop)
-            end = step == args.steps or bool(stop)
+            end = step >= args.steps or bool(stop)
             if end or step > first and step % args.save_every == 0:
                 save(step, end)
             if end:

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-LIMIT = 60  # seconds that any process may take
+LIMIT = 120  # seconds that any process may take, and any test
 
 
 class Run:
