@@ -1005,12 +1005,14 @@ def test_sample_only_from_a_dense_B_a_folded_and_a_plain_one(text, capsys):
 
 def test_a_folded_run_goes_on_as_plain_rope(text):
     run(*text, "--steps", 2)
-    run("--resume", "--out", "out/rope/folded", "--steps", 4, "--eval-bytes", 128, "--length", 6)
+    run("--resume", "--out", "out/rope/folded", "--steps", 4, "--eval-bytes", 127, "--length", 6)
     state = torch.load("out/rope/folded/ckpt.pt", weights_only=True)
     before = torch.load("out/rope/ckpt.pt", weights_only=True)
     assert state["step"] == 4 and state["config"]["position"] == "rope" and "theta" in state["model"]
     assert not torch.equal(state["model"]["last.bias"], before["model"]["last.bias"])
-    assert "completeness" not in json.loads(Path("out/rope/folded/metrics.json").read_text())
+    m = json.loads(Path("out/rope/folded/metrics.json").read_text())
+    assert "completeness" not in m and m["test_bytes"] == 112  # whole windows of 127 bytes
+    assert m["bytes_per_second"] * m["train_seconds"] == pytest.approx(2 * 64)  # of the steps of this run
 
 
 MATTERS = dict(  # flag: what a run with another value has otherwise: the weights, the texts, the report; + what it must keep
