@@ -396,18 +396,18 @@ def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int,
 
 # ---- evaluation ----
 
-def fold(text: str) -> str:
+def caseless(text: str) -> str:
     """One spelling, for text, evaluation and lookup: lower case, composed as Unicode's NFC."""
     return unicodedata.normalize("NFC", text.lower())
 
 
 def finder(words: list[str]) -> Callable[[str], int]:
-    """The number of a word: as it is spelt, else the first one that `fold` makes alike, else -1."""
+    """The number of a word: as it is spelt, else the first of its caseless kind, else -1."""
     spelt, folded = {}, {}
     for k, word in enumerate(words):
         spelt.setdefault(word, k)
-        folded.setdefault(fold(word), k)
-    return lambda word: spelt.get(word, folded.get(fold(word), -1))
+        folded.setdefault(caseless(word), k)
+    return lambda word: spelt.get(word, folded.get(caseless(word), -1))
 
 
 def neighbours(W: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -654,7 +654,7 @@ def read_words(documents: list[bytes], prose: bool) -> tuple[list[str], Tensor]:
         if prose:
             document = b" ".join(map(b"".join, PROSE.findall(document))).replace(b"\n", b" ")
         for line in document.split(b"\n"):
-            line = fold(line.translate(ASCII).decode("utf-8", "replace"))
+            line = caseless(line.translate(ASCII).decode("utf-8", "replace"))
             if not line.isascii():
                 letters |= {c: letter(c) for c in set(map(ord, line)) - letters.keys()}
                 line = line.translate(letters)
@@ -756,7 +756,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     if args.text:
         write_vectors(Path(args.out) / "vectors.txt", words, W)
     metrics = dict(words=int(n.sum()), sampled=len(tokens), vocabulary=len(words),
-                   model=args.model, seed=args.seed, step=args.steps, read_seconds=read - begin, train_seconds=done - read)
+                   model=args.model, seed=args.seed, step=args.steps,
+                   read_seconds=read - begin, train_seconds=done - read)
     metrics |= report(args, words, W, chosen)
     near = torch.cat([chosen[:8, None], neighbours(W, chosen[:8], 5)[1].cpu()], 1)
     ids, group = near.flatten().tolist(), torch.arange(near.numel()) // near.shape[1]
