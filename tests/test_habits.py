@@ -264,7 +264,7 @@ def test_sample_only_is_what_the_run_drew(script):
 # ---- two processes ----
 
 def test_two_ranks_are_one(script):
-    for run in script.ranks("--steps 3 --out two"):
+    for run in script.ranks("--steps 3 --out two", WHOLE="1"):  # to Python's own end, where a thread left over aborts
         assert (run.wait(), run.err()) == (0, "")
     said = Path("rank0.out").read_text()
     assert said.count("step 3/3") == 1 and Path("rank1.out").read_text() == ""
@@ -305,6 +305,15 @@ def test_a_rank_that_dies_ends_the_others(script, lost):
     assert ranks[lost].wait() == -signal.SIGKILL
     assert ranks[1 - lost].wait() == 1
     assert ranks[1 - lost].err().count("\n") == lost  # one line of rank 0, no traceback of any
+
+
+def test_the_group_is_taken_down_after_the_line(script, monkeypatch):
+    """With NCCL that may wait for the others, and a user should know by then."""
+    said = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: said.append(script.capsys.readouterr().err))
+    assert script("--data nowhere --steps 1")[0] == 2
+    assert len(said) == 1 and said[0].startswith(f"{script.name}.py: ")
 
 
 def test_ranks_print_one_line_for_what_is_wrong_everywhere(script):
