@@ -877,7 +877,7 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
     files = [place / name for place in places if (place / name).is_file()]
     if not files:
-        raise UserError(f"{out / name}: no such file")
+        raise UserError(f"{out / name}: no such file; --out names the folder of a run")
     return max(files, key=lambda file: file.stat().st_mtime)
 
 

@@ -906,7 +906,7 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
     files = [place / name for place in places if (place / name).is_file()]
     if not files:
-        raise UserError(f"{out / name}: no such file")
+        raise UserError(f"{out / name}: no such file; --out names the folder of a run")
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
@@ -1095,7 +1095,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
             with unpack(path, "rb") as file:
                 documents = [file.read()]
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--data {data}: no such file, nor one of the names python, "
+        raise UserError(f"--data {data}: no such file (a folder: as .zip), nor one of python, "
                         f"{', '.join(TEXTS)}") from None
     except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile,
             zlib.error) as error:

@@ -7,7 +7,7 @@
 Post    VQ一下Key，Transformer的复杂度就变成线性了   https://kexue.fm/archives/9844 (read 2026-11)
         Paper: Lingle 2023, arXiv 2309.16354; its code: transformer-vq/transformer_vq (JAX).
 
-Map     9844 (1)   softmax(Q K^T) V                                       exact_attention
+Map     9844 (1)   softmax(Q K^T) V                               vq_attention_quadratic
         9844 (2)   softmax(Q K_hat^T) V, K_hat = VQ(K, C)       quantize, vq_attention_quadratic
         9844 (3)   exp(Q K^T) V / (exp(Q K^T) 1)                          vq_attention_encoder
         9844 (4)   exp(Q K_hat^T) V = exp(Q C^T) (Delta^T V)              vq_attention_encoder
@@ -644,7 +644,7 @@ def say_codes(use: list[dict[str, float]], codes: int) -> None:
 def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namespace) -> str:
     """Draws `count` texts, always from the same random numbers, into `path`; returns them all."""
     device = net.embed.weight.device
-    prompt = torch.tensor(list(args.prompt.encode()), device=device).expand(count, -1)
+    prompt = torch.tensor(list(os.fsencode(args.prompt)), device=device).expand(count, -1)
     g = generator(device, args.sample_seed, 4)
     texts = sample(net, prompt, args.length, g, args.temperature, args.nucleus)
     said = f"\n{'-' * 80}\n".join(bytes(text).decode("utf-8", "replace") for text in texts.tolist())
@@ -663,7 +663,8 @@ def check_flags(args: argparse.Namespace) -> None:
     keys = args.batch_size * args.update_len
     for wrong, why in (
             (keys < args.codes, f"--codes {args.codes}: an update has {keys} keys to choose from"),
-            (args.ema >= 1, "--ema: below 1"),
+            (max(args.ema, args.beta2) >= 1, "--ema, --beta2: below 1"),
+            (args.bias == "xl" and args.width % 2, "--width: even, with --bias xl"),
             (max(args.dropout, args.drop_sinusoid, args.drop_layer) >= 1, "--dropout, "
              "--drop-sinusoid, --drop-layer: below 1"),
             (args.final > 1, "--final: a share of --lr, 1 at most"),
@@ -857,7 +858,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "sources), shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz .zip"),
         steps=      (2000,      3000,      125_000,   1, "in all, resumed ones included"),
         batch_size= (4,         16,        128,       1, "global, over all processes"),
-        seed=       (0,                               0, "of weights, texts and codes"),
+        seed=       (0,                               0, "of weights, noise and order"),
         attention=  ("vq",      ATTENTIONS, "vq is 9844 (10); exact has raw keys, window no cache, "
                      "quadratic is (2) with every key's gradient"),
         update_len= (128,       2048,                 1, "bytes of a row in an update"),
@@ -1147,7 +1148,7 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
     files = [place / name for place in places if (place / name).is_file()]
     if not files:
-        raise UserError(f"{out / name}: no such file")
+        raise UserError(f"{out / name}: no such file; --out names the folder of a run")
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
@@ -1382,7 +1383,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
             with unpack(path, "rb") as file:
                 documents = [file.read()]
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--data {data}: no such file, nor one of the names python, "
+        raise UserError(f"--data {data}: no such file (a folder: as .zip), nor one of python, "
                         f"{', '.join(TEXTS)}") from None
     except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile,
             zlib.error) as error:

@@ -133,7 +133,10 @@ def three_factors(M: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def through_classes(c_a: Tensor, d_c: Tensor, b_d: Tensor) -> Tensor:
-    """4216 怎么聚类的: p(b|a) (m, n) of p(c|a) (m, l), p(d|c) (l, k), p(b|d) (k, n); rows sum to 1."""
+    """4216 怎么聚类的: p(b|a) (m, n) of p(c|a) (m, l), p(d|c) (l, k), p(b|d) (k, n); rows sum to 1.
+
+    The post writes the three in the other order; with rows that sum to 1 it is this one.
+    """
     return c_a @ d_c @ b_d
 
 
@@ -426,6 +429,8 @@ def ranks(x: Tensor) -> Tensor:
 
 def spearman(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of x and y (N,), ties as in `ranks`; nan if one is constant."""
+    if len(x) < 2:
+        return math.nan
     return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
 
 
@@ -601,6 +606,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
         raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {SPAN * RANKS}, "
                         f"blocks of {SPAN} words on {RANKS} processes")
+    if args.model in BY_SVD and "loss" in args.given:
+        raise UserError(f"--loss: --model {args.model} is solved at once and has none")
     if args.window > 1000:
         raise UserError(f"--window {args.window}: at most 1000")
     for path in args.eval:
@@ -806,7 +813,8 @@ def show_new_words(path: Path, k: int) -> None:
     listed = [(row[0], int(row[1])) for row in rows if len(row[0]) == 2 and int(row[1]) >= 100]
     first, second = (sorted({word[at] for word, _ in listed}) for at in (0, 1))
     if min(len(first), len(second)) <= k:
-        raise UserError(f"--new-words {path}: too few words of two letters and count 100 or more")
+        raise UserError(f"--new-words {path}: too few words of two letters and count 100 or "
+                        f"more for --rank {k}")
     M = torch.zeros(len(first), len(second))
     row, column = ({c: k for k, c in enumerate(letters)} for letters in (first, second))
     for word, n in listed:
@@ -1053,7 +1061,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
             with unpack(path, "rb") as file:
                 documents = [file.read()]
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"--data {data}: no such file, nor one of the names python, "
+        raise UserError(f"--data {data}: no such file (a folder: as .zip), nor one of python, "
                         f"{', '.join(TEXTS)}") from None
     except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile,
             zlib.error) as error:
@@ -1172,7 +1180,7 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
     files = [place / name for place in places if (place / name).is_file()]
     if not files:
-        raise UserError(f"{out / name}: no such file")
+        raise UserError(f"{out / name}: no such file; --out names the folder of a run")
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
