@@ -550,8 +550,10 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         return
     seconds, images = time.perf_counter() - progress.begin, (args.steps - first) * args.batch_size
     metrics = report(net.eval(), ema, x, x_test, args, s)
-    say(f"held-out loss {metrics['held_out_loss_ema']:.4f}; Frechet distance in 50 components "
-        f"{metrics.get('frechet')}, of held-out pictures {metrics.get('frechet_floor')}")
+    near = [metrics.get(name) for name in ("frechet", "frechet_floor")]
+    known = f"; Frechet distance {near[0]:.3g}, of held-out pictures {near[1]:.3g}" \
+        if None not in near else ""
+    say(f"held-out loss {metrics['held_out_loss_ema']:.4f}{known}")
     write_metrics(args, metrics | dict(
         step=args.steps, images_seen=args.steps * args.batch_size, seed=args.seed,
         train_seconds=seconds, images_per_second=images / seconds))
@@ -1085,6 +1087,9 @@ def load_images(args: argparse.Namespace, state: dict | None, device: torch.devi
         for name, digest in zip(IDX, NAMED[data][1]):
             urls = [f"{url}{name}.gz" for url in NAMED[data][0]]
             path = download(f"{data}/{name}.gz", urls, digest, args.cache).parent
+    if not data or data not in ("faces", *NAMED) and not path.exists():
+        raise UserError(f"--data {data}: no such file or folder, nor one of the names faces, "
+                        f"cifar10, {', '.join(NAMED)}")
     idx = {p.stem: p for p in path.glob("*-ubyte*")}
     try:
         if data == "faces":
@@ -1097,6 +1102,8 @@ def load_images(args: argparse.Namespace, state: dict | None, device: torch.devi
             parts = np.array(np.load(path, allow_pickle=False)), None
         else:
             parts = read_pictures(path, args.size), None
+        if len(parts[0]) < 2:
+            raise ValueError("two pictures at least, the last tenth is held out")
         if len(parts) == 2:
             cut = len(parts[0]) - max(1, len(parts[0]) // 10)
             parts = [v if v is None else v[here] for here in (slice(cut), slice(cut, None))
@@ -1144,7 +1151,7 @@ def read_pictures(folder: Path, size: int) -> np.ndarray:
     """JPEG and PNG below `folder`, by name, the middle square resized: uint8 (N, H, W) or RGB."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
-        raise ValueError("no data set's name, nor .npy, .tar.gz, folder of idx, JPEG or PNG files")
+        raise ValueError("neither .npy nor .tar.gz, nor a folder of idx, JPEG or PNG files")
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -1158,9 +1165,12 @@ def read_pictures(folder: Path, size: int) -> np.ndarray:
             print(f"{file}: left out, damaged: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor() as pool:
-        x = np.stack([picture for picture in pool.map(read, files) if picture is not None])
+        x = [picture for picture in pool.map(read, files) if picture is not None]
+    if not x:
+        raise ValueError("none of its pictures can be read")
     if len(x) < len(files):
         print(f"{len(files) - len(x)} of {len(files)} pictures are damaged", file=sys.stderr)
+    x = np.stack(x)
     return x[..., 0] if (x == x[..., :1]).all() else x
 
 
@@ -1228,7 +1238,7 @@ def judge(samples: Tensor, train: Tensor, held_out: Tensor, seed: int) -> dict[s
     def project(x: Tensor) -> Tensor:
         return torch.cat([(piece - mean) @ basis for piece in in_pieces(x)])
 
-    var, turn = torch.linalg.eigh(project(real).mT.cov(correction=0))
+    var, turn = torch.linalg.eigh(torch.atleast_2d(project(real).mT.cov(correction=0)))
     basis, var = basis @ turn[:, -50:], var[-50:].clamp(min=0)
     near, steep, metrics = project(real[:len(samples)]), gradient(real), {}
     for x, name in ((samples, ""), (floor, "_floor")):
@@ -1247,7 +1257,7 @@ def in_pieces(x: Tensor) -> Iterator[Tensor]:
 
 def frechet(y: Tensor, var: Tensor) -> float:
     """|m|^2 + tr(C + V - 2 (V^.5 C V^.5)^.5), from rows y with mean m, covariance C, to N(0, V)."""
-    cov, root = y.mT.cov(), var.sqrt()
+    cov, root = torch.atleast_2d(y.mT.cov()), var.sqrt()
     cross = torch.linalg.eigvalsh(root[:, None] * cov * root).clamp(min=0).sqrt().sum()
     return (y.mean(0).square().sum() + cov.trace() + var.sum() - 2 * cross).item()
 

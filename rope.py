@@ -540,8 +540,6 @@ def check_flags(args: argparse.Namespace) -> None:
                         f"standard error, {2 * args.context}")
     if not args.prompt:
         raise UserError("--prompt: at least one byte")
-    if not args.temperature:
-        raise UserError("--temperature: above 0")
 
 
 def load_data(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -657,7 +655,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         samples=    (3,         4,         1, "texts drawn"),
         length=     (250,       500,       1, "bytes of such a text after --prompt"),
         prompt=     ("def ",               None, "how they begin"),
-        temperature=(0.8,                  0, "of drawing a byte"),
+        temperature=(0.8,                  0.01, "of drawing a byte"),
         sample_seed=(0,                    0, "of the texts drawn"),
         sample_only=(0,                    0, "only draw as many texts, from ckpt.pt"),
     )
