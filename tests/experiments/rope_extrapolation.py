@@ -85,7 +85,7 @@ def curve(net: torch.nn.Module, data: Tensor, context: int, batch: int) -> list[
 def trained(argv: list[str]) -> tuple[rope.LanguageModel, Tensor, argparse.Namespace]:
     """What `python rope.py argv` trains, folded, with the test bytes and the flags; exits as that does."""
     args = rope.parse_args(argv)
-    if args.eval_bytes < 16 * args.context:
+    if not args.resume and args.eval_bytes < 16 * args.context:  # or the checkpoint has the context
         sys.exit(f"--eval-bytes {args.eval_bytes}: 16 times --context at least, {16 * args.context}")
     if code := rope.run(rope.train, args, rope.check_flags):
         sys.exit(code)
