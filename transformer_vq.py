@@ -192,7 +192,7 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
     k, z, x = (part.split(sizes, 1) for part in seen)
     out, done, B = [], 0, band(bias, block, M) if bias.ndim == 1 else None
     for i, leave, q_i in itertools.zip_longest(begins, leaves, q.split(block, 1)):
-        for piece in range(done, at[leave]):  # U_i = U_{i-1} + ...: now U_{i-2} of (10), if M = l
+        for piece in range(done, at[leave]):  # 9844 (8): now U_{i-2} of (10), if M = l
             U, count = accumulate(U, count, z[piece], x[piece] if through else x[piece].detach())
         done = at[leave]
         if i < n:

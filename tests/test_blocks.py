@@ -625,3 +625,11 @@ def test_text_is_split_without_loss(length):
     parts = rope.split_text([whole[:7], whole[8:]], torch.device("cpu"))
     joined = whole[:7] + b"\n" + whole[8:]
     assert bytes(torch.cat(parts).tolist()) == joined and [len(p) for p in parts[1:]] == [length // 20] * 2
+
+
+@pytest.mark.parametrize("data, words", [("", "no such file"), ("nowhere", "no such file"), ("one.npy", "two pictures")])
+def test_no_path_a_wrong_one_and_a_single_picture_are_refused(data, words):
+    """An empty name is not the current folder, whose pictures it would train on."""
+    np.save("one.npy", np.zeros((1, 8, 8), np.uint8))
+    with pytest.raises(ddpm.UserError, match=words):
+        load(data)
