@@ -366,16 +366,6 @@ class Foresight(nn.Module):
 
 # ---- evaluation ----
 
-def to_uint8(x: Tensor) -> Tensor:
-    """[-1, 1] -> 0..255 uint8, the inverse of to_float; what lies outside is clipped."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_float(x: Tensor) -> Tensor:
-    """0..255 uint8 -> [-1, 1] float32."""
-    return x.float() / 127.5 - 1
-
-
 @torch.no_grad()
 def held_out_loss(net: nn.Module, x: Tensor, seed: int, batch: int, s: Schedule) -> list[float]:
     """(15) on uint8 pictures x in ten bins of t: t spread evenly over 1..T, noise from `seed`."""
@@ -387,14 +377,6 @@ def held_out_loss(net: nn.Module, x: Tensor, seed: int, batch: int, s: Schedule)
     pieces = zip(x.split(batch), t.split(batch), eps.split(batch))
     losses = torch.cat([loss(net, to_float(x0), k, e, s) for x0, k, e in pieces])
     return torch.stack([part.mean() for part in losses.tensor_split(10)]).tolist()
-
-
-def nearest(x: Tensor, train: Tensor) -> Tensor:
-    """The picture of `train` (N, C, H, W) nearest to each of x, Euclidean distance; both uint8."""
-    exact, flat = "donot_use_mm_for_euclid_dist", x.flatten(1).float()  # TF32 would take others
-    far = [torch.cdist(flat, piece.flatten(1).float(), compute_mode=exact)
-           for piece in train.split(4096)]
-    return train[torch.cat(far, 1).argmin(1)]
 
 
 def draw(net: nn.Module, shape: tuple[int, ...], count: int, steps: int, args: argparse.Namespace,
@@ -489,13 +471,6 @@ def build(args: argparse.Namespace, channels: int, device: torch.device
     return net.to(device, memory_format=layout), {name: row.to(device) for name, row in s.items()}
 
 
-@torch.no_grad()
-def update_ema(ema: list[Tensor], params: list[Tensor], step: int, decay: float) -> None:
-    """ema <- d ema + (1 - d) params, d = decay after a warm-up, so early samples are readable."""
-    d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(ema, params, 1 - d)
-
-
 def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Linear warm-up; then constant as in the paper, or with --decay a cosine to zero."""
     fall = (1 + math.cos(math.pi * step / args.steps)) / 2 if args.decay else 1
@@ -508,7 +483,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     shape = x.shape[1:]
     net, s = build(args, shape[0], device)
     ema = copy.deepcopy(net).eval()  # keeps requires_grad: autocast remembers only such casts
-    params, averages = list(net.parameters()), list(ema.parameters())
+    params, live, averages = list(net.parameters()), floats(net), floats(ema)
     opt = torch.optim.Adam(params, lr=args.lr, fused=True)
     parts = dict(model=net, ema=ema, opt=opt)
     first = restore(state, parts)
@@ -544,7 +519,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         nn.utils.clip_grad_norm_(params, args.clip_grad)
         opt.step()
         opt.zero_grad()
-        update_ema(averages, params, step, args.ema)
+        update_ema(averages, live, step, args.ema)
         progress.add(step + 1, loss=value.detach(), lr=lr)
     if RANK:
         return
@@ -730,6 +705,20 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
         if torch.distributed.is_initialized():
             gc.collect()  # the cycles of DDP keep the group alive: its threads would abort exit
             torch.distributed.destroy_process_group()
+# === end shared ===
+
+
+# === shared: ema ===
+def floats(net: nn.Module) -> list[Tensor]:
+    """The parameters of `net`, and those of its buffers that are no counters."""
+    return [*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())]
+
+
+@torch.no_grad()
+def update_ema(ema: list[Tensor], live: list[Tensor], step: int, decay: float) -> None:
+    """ema <- d ema + (1 - d) live, d = decay after a warm-up, so early samples are readable."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(ema, live, 1 - d)
 # === end shared ===
 
 
@@ -1031,6 +1020,26 @@ class Progress:
                 print(*row.values(), sep=",", file=file)
         except OSError as error:
             STOP.append(error)  # so that the loop saves first
+# === end shared ===
+
+
+# === shared: pictures ===
+def to_uint8(x: Tensor) -> Tensor:
+    """[-1, 1] -> 0..255 uint8, the inverse of to_float; what lies outside is clipped."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_float(x: Tensor) -> Tensor:
+    """0..255 uint8 -> [-1, 1] float32."""
+    return x.float() / 127.5 - 1
+
+
+def nearest(x: Tensor, train: Tensor) -> Tensor:
+    """The item of `train` (N, ...) nearest to each of x, Euclidean distance; say uint8 pictures."""
+    exact, flat = "donot_use_mm_for_euclid_dist", x.flatten(1).float()  # TF32 would take others
+    far = [torch.cdist(flat, piece.flatten(1).float(), compute_mode=exact)
+           for piece in train.split(4096)]
+    return train[torch.cat(far, 1).argmin(1)]
 # === end shared ===
 
 
