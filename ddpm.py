@@ -1037,8 +1037,9 @@ def to_float(x: Tensor) -> Tensor:
 def nearest(x: Tensor, train: Tensor) -> Tensor:
     """The item of `train` (N, ...) nearest to each of x, Euclidean distance; say uint8 pictures."""
     exact, flat = "donot_use_mm_for_euclid_dist", x.flatten(1).float()  # TF32 would take others
+    rows = max(1, 2**24 // flat[0].numel())  # so that memory stays small
     far = [torch.cdist(flat, piece.flatten(1).float(), compute_mode=exact)
-           for piece in train.split(4096)]
+           for piece in train.split(rows)]
     return train[torch.cat(far, 1).argmin(1)]
 # === end shared ===
 
@@ -1079,6 +1080,7 @@ NAMED = {  # where to get it, and how the SHA-256 of its four files begins, as t
                       "3aede38d a04f1713 346e55b9 67da17c7".split())}
 CIFAR10 = ("cifar-10-binary.tar.gz", ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"],
            "c4a38c50")
+PICTURES = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"
 Images = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
@@ -1099,32 +1101,33 @@ def load_images(args: argparse.Namespace, state: dict | None, device: torch.devi
     if not data or data not in ("faces", *NAMED) and not path.exists():
         raise UserError(f"--data {data}: no such file or folder, nor one of the names faces, "
                         f"cifar10, {', '.join(NAMED)}")
-    idx = {p.stem: p for p in path.glob("*-ubyte*")}
     try:
+        idx = {p.name.removesuffix(".gz").replace(".idx", "-idx"): p for p in path.glob("*ubyte*")}
         if data == "faces":
             parts = draw_faces(50_000, args.size)
-        elif path.name.endswith(".tar.gz"):
+        elif path.name.lower().endswith((".tar.gz", ".tgz")):
             parts = read_cifar10(path)
-        elif set(IDX) <= set(idx):
-            parts = [read_idx(idx[name]) for name in IDX]
-        elif path.suffix == ".npy":
-            parts = np.array(np.load(path, allow_pickle=False)), None
+        elif IDX[0] in idx:
+            parts = [read_idx(idx[name]) if name in idx else None for name in IDX]
+        elif path.suffix.lower() == ".npy":
+            parts = [np.load(path, allow_pickle=False)]
         else:
-            parts = read_pictures(path, args.size), None
-        if len(parts[0]) < 2:
+            parts = [read_pictures(path, args.size)]
+        x, y, x_test, y_test = *parts, *[None] * (4 - len(parts))
+        if x_test is None and len(x) < 2:
             raise ValueError("two pictures at least, the last tenth is held out")
-        if len(parts) == 2:
-            cut = len(parts[0]) - max(1, len(parts[0]) // 10)
-            parts = [v if v is None else v[here] for here in (slice(cut), slice(cut, None))
-                     for v in parts]
-        x, y, x_test, y_test = (v if v is None else torch.as_tensor(v) for v in parts)
-        x, x_test = (v[:, None] if v.ndim == 3 else v.permute(0, 3, 1, 2) for v in (x, x_test))
-        if x.dtype != torch.uint8 or x.shape[1] not in (1, 3) or 0 in (*x.shape, *x_test.shape) \
-                or x.shape[1:] != x_test.shape[1:]:
-            raise ValueError("pictures are uint8 (N, H, W), or (N, H, W, 1 or 3), alike in size")
-    except (OSError, EOFError, LookupError, TypeError, ValueError, RuntimeError,
-            tarfile.TarError, zlib.error) as error:
-        raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
+        if x_test is None:
+            cut = len(x) - max(1, len(x) // 10)
+            x, x_test, y, y_test = x[:cut], x[cut:], *((y, y) if y is None else (y[:cut], y[cut:]))
+        x, x_test = as_pictures(x), as_pictures(x_test)
+        y, y_test = (v if v is None else torch.as_tensor(v) for v in (y, y_test))
+        if x.shape[1:] != x_test.shape[1:] or y is not None and len(x) != len(y):
+            raise ValueError("training and held-out pictures differ in size, or labels in number")
+    except UserError:
+        raise
+    except Exception as error:  # numpy, gzip, tarfile and Pillow raise two dozen kinds
+        raise UserError(f"--data {data}: damaged, or not what it seems to be: "
+                        f"{str(error) or type(error).__name__}") from None
     if "size" in args.given and x.shape[-1] != args.size:
         raise UserError(f"--size {args.size}: these pictures have {x.shape[-1]} px, and only faces "
                         "and folders of pictures come in any size")
@@ -1136,31 +1139,52 @@ def load_images(args: argparse.Namespace, state: dict | None, device: torch.devi
     return x, x_test, *(y if y is None else y.to(device) for y in (y, y_test))
 
 
+def as_pictures(a: np.ndarray | Tensor) -> Tensor:
+    """uint8 (N, H, W) or (N, H, W, 1 or 3) -> (N, C, H, W). Raises ValueError for anything else."""
+    shape = (*a.shape, 1) if a.ndim == 3 else a.shape
+    one_picture = a.ndim == 3 and shape[2] in (1, 3)
+    if not str(a.dtype).endswith("uint8") or len(shape) != 4 or shape[3] not in (1, 3) \
+            or 0 in shape or one_picture:
+        raise ValueError(f"{a.dtype} {tuple(a.shape)}; uint8 (N, H, W) or (N, H, W, 1 or 3) goes")
+    return torch.as_tensor(a).reshape(shape).permute(0, 3, 1, 2)
+
+
 def read_idx(path: Path) -> np.ndarray:
     """The bytes of an idx or idx.gz file, in its shape. Raises ValueError, or as gzip does."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        raw = bytearray(file.read())
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is no idx file of bytes")
-    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+        head = file.read(4)
+        shape = np.frombuffer(file.read(4 * head[3]), ">u4").tolist()
+        body = bytearray(file.read(math.prod(shape)))
+        if head[:3] != b"\0\0\x08" or len(body) < math.prod(shape) or file.read(1):
+            raise ValueError(f"{path} is no idx file of bytes")
+    return np.frombuffer(body, np.uint8).reshape(shape)
 
 
 def read_cifar10(path: Path) -> list[np.ndarray]:
     """CIFAR-10's binary archive, member by member, nothing extracted: x, y, x_test, y_test."""
     with tarfile.open(path, "r:gz") as tar:
         rows = {Path(m.name).stem: np.frombuffer(bytearray(tar.extractfile(m).read()), np.uint8)
-                .reshape(-1, 3073) for m in tar if m.isfile() and m.name.endswith(".bin")}
+                .reshape(-1, 3073) for m in tar if m.isfile() and m.name.endswith(".bin")
+                and m.size <= 10_000 * 3073}
     train = np.concatenate([rows[f"data_batch_{k}"] for k in range(1, 6)])
     return [part for a in (train, rows["test_batch"]) for part in
             (a[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), a[:, 0])]
 
 
 def read_pictures(folder: Path, size: int) -> np.ndarray:
-    """JPEG and PNG below `folder`, by name, the middle square resized: uint8 (N, H, W) or RGB."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    """The pictures below `folder`, by name, the middle square resized: uint8 (N, H, W) or RGB.
+
+    16 bits become 8, what is transparent white. A run's own folder, with its log.csv, is no data.
+    """
+    files, seen = [], set()
+    for here, inner, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(here) in seen or "log.csv" in names:
+            inner.clear()
+            continue
+        seen.add(os.path.realpath(here))  # links may lead round in a circle
+        files += [Path(here, name) for name in names if name.lower().endswith(PICTURES)]
     if not files:
-        raise ValueError("neither .npy nor .tar.gz, nor a folder of idx, JPEG or PNG files")
+        raise ValueError(f"neither .npy nor .tar.gz, nor a folder of idx or {' '.join(PICTURES)}")
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -1168,13 +1192,22 @@ def read_pictures(folder: Path, size: int) -> np.ndarray:
 
     def read(file: Path) -> np.ndarray | None:
         try:
-            picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-            return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            picture = ImageOps.exif_transpose(Image.open(file))
+            if picture.mode[0] in "IF":  # more than 8 bits a pixel
+                grey = np.asarray(picture)
+                if grey.dtype.kind not in "iu" or not 0 <= grey.min() <= grey.max() < 2**16:
+                    raise ValueError("neither 8 nor 16 bits a pixel")
+                picture = Image.fromarray((grey >> 8).astype(np.uint8))
+            if picture.mode.endswith(("A", "a")) or "transparency" in picture.info:
+                white = Image.new("RGBA", picture.size, "white")
+                picture = Image.alpha_composite(white, picture.convert("RGBA"))
+            picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+            return np.asarray(picture)
+        except Exception as error:  # one bad file, whatever Pillow says of it, costs no folder
             print(f"{file}: left out, damaged: {error}", file=sys.stderr)
 
     with ThreadPoolExecutor() as pool:
-        x = [picture for picture in pool.map(read, files) if picture is not None]
+        x = [picture for picture in pool.map(read, sorted(files)) if picture is not None]
     if not x:
         raise ValueError("none of its pictures can be read")
     if len(x) < len(files):

@@ -46,6 +46,7 @@ Needs   torch, numpy
 
 import argparse
 import bz2
+import codecs
 import errno
 import functools
 import gc
@@ -447,10 +448,10 @@ def analogies(W: Tensor, questions: Tensor) -> Tensor:
 def read_lines(path: Path) -> list[str]:
     """The lines of a text that are not blank. Raises UserError for any other file."""
     try:
-        return [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "not a text in UTF-8"
-        raise UserError(f"{path}: {why}") from None
+        text = as_utf8(path.read_bytes(), str(path)).decode("utf-8", "replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def read_questions(path: Path) -> list[tuple[list[str], str | float]]:
@@ -1053,22 +1054,45 @@ def load_text(data: str, cache: str) -> list[bytes]:
                                               "dist-packages"} & set(p.parts)]
             names.sort(key=lambda p: hashlib.md5(p.as_posix().encode()).digest())
             documents = [(root / p).read_bytes() for p in names]
-        elif path.suffix == ".zip":
+        elif path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as archive:
-                documents = [archive.read(name) for name in sorted(archive.namelist())]
+                documents = [as_utf8(archive.read(name), f"--data {data}, {name}")
+                             for name in sorted(archive.namelist())]
         else:
-            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(path.suffix, open)
-            with unpack(path, "rb") as file:
-                documents = [file.read()]
+            unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+            with unpack.get(path.suffix.lower(), open)(path, "rb") as file:
+                documents = [as_utf8(file.read(), f"--data {data}")]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--data {data}: no such file (a folder: as .zip), nor one of python, "
                         f"{', '.join(TEXTS)}") from None
-    except (OSError, EOFError, RuntimeError, lzma.LZMAError, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise UserError(f"--data {data}: damaged, or not what it seems to be: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # the unpackers raise a dozen kinds
+        raise UserError(f"--data {data}: damaged, or not what it seems to be: "
+                        f"{str(error) or type(error).__name__}") from None
     if not any(documents):
         raise UserError(f"--data {data}: nothing in it")
     return [document for document in documents if document]
+
+
+def as_utf8(raw: bytes, what: str) -> bytes:
+    """raw, if it is UTF-8, without a byte-order mark; UTF-16 that has one is converted.
+
+    A character cut at the end may be. Raises UserError for other encodings, and what is no text.
+    """
+    if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return raw.decode("utf-16").encode()
+    raw = raw.removeprefix(codecs.BOM_UTF8)
+    try:
+        codecs.utf_8_decode(raw, "strict", False)
+        if b"\0" not in raw:
+            return raw
+        guess = "UTF-16, or no text: it has NUL bytes"
+    except UnicodeDecodeError:
+        pairs = b"".join(re.findall(rb"[\x80-\xff]{2,}", raw))  # letters of two bytes, not accents
+        guess = "GB18030" if 2 * len(pairs) > len(re.findall(rb"[\x80-\xff]", raw)) else "LATIN1"
+    raise UserError(f"{what}: not UTF-8, perhaps {guess}: iconv -f {guess.partition(',')[0]} "
+                    "-t UTF-8 OLD > NEW converts it")
 
 
 def split_text(documents: list[bytes], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import argparse
 import bz2
+import codecs
 import gzip
 import hashlib
 import http.client
@@ -10,6 +11,7 @@ import itertools
 import json
 import lzma
 import os
+import random
 import re
 import struct
 import tarfile
@@ -145,6 +147,17 @@ def test_idx_folder(gz):
         assert tensor.dtype == torch.uint8 and np.array_equal(tensor.numpy(), want)
 
 
+def test_idx_under_other_names_without_tests_or_labels():
+    x, *_ = write_idx(Path("d"), True, n=(20, 3))
+    for p in Path("d").iterdir():
+        if p.name.startswith("train-im"):
+            p.rename("d/train-images.idx3-ubyte.gz")
+        else:
+            p.unlink()
+    got = load("d")
+    assert np.array_equal(torch.cat(got[:2]).numpy(), x[:, None]) and len(got[1]) == 2 and got[2:] == (None, None)
+
+
 def write_cifar10(path, n=2):
     rng = np.random.default_rng(0)
     rows = {name: rng.integers(0, 256, (n, 3073), dtype=np.uint8)
@@ -185,10 +198,49 @@ def test_picture_folder(capfd):
         a[:, 5:25] = 20 * k  # the middle square; the rest is cut away
         Image.fromarray(a).save(f"p/{'sub/' if k % 2 else ''}{k:02}.png")
     Path("p/bad.jpg").write_bytes(b"no picture")
+    Path("p/out/run").mkdir(parents=True)  # what a run has drawn there is no data
+    Path("p/out/run/log.csv").write_text("step\n")
+    Image.fromarray(np.full((20, 20), 255, np.uint8)).save("p/out/run/samples.png")
     x, x_test, *_ = load("p", 16)
     assert x.shape == (11, 1, 16, 16) and x_test.shape == (1, 1, 16, 16)  # grey, since all are
     assert torch.cat([x, x_test])[:, 0, 8, 8].tolist() == [20 * k for k in (*range(0, 12, 2), *range(1, 12, 2))]
     assert "1 of 13" in capfd.readouterr().err
+
+
+def test_picture_folder_through_links_and_in_circles():
+    Image = pytest.importorskip("PIL.Image")
+    Path("far/deep").mkdir(parents=True)
+    Path("p").mkdir()
+    for k in range(3):
+        Image.new("L", (8, 8), 50 * k).save(f"far/deep/{k}.{('PNG', 'bmp', 'webp')[k]}", lossless=True)
+    Path("p/link").symlink_to(Path("far").absolute())
+    Path("far/round").symlink_to(Path("far").absolute())
+    assert torch.cat(load("p", 8)[:2])[:, 0, 4, 4].tolist() == [0, 50, 100]
+
+
+def test_picture_folder_with_pictures_of_every_kind(capfd):
+    """16 bits to 8, transparent on white, a palette and CMYK to RGB; floats and broken EXIF are left out."""
+    Image = pytest.importorskip("PIL.Image")
+    Path("p").mkdir()
+    deep = np.full((8, 8), 51 * 256 + 200, np.uint16)
+    Image.fromarray(deep).save("p/a16.png")
+    Image.fromarray(deep.astype(">u2")).save("p/b16.tif")
+    Image.new("LA", (8, 8), (0, 0)).save("p/c-grey-hidden.png")  # black, but nothing of it can be seen
+    Image.new("RGBA", (8, 8), (255, 0, 0, 51)).save("p/d-red.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([9, 9, 9, 10, 20, 30])
+    palette.save("p/e-palette.png")
+    palette.save("p/f-hidden.png", transparency=1)
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save("p/g-cmyk.jpg", quality=100)
+    Image.new("1", (8, 8), 1).save("p/h-bit.png")
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save("p/i-float.tif")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 2, 6, 26, 0) + b"seven\0"  # an orientation in letters
+    Image.new("L", (8, 8), 7).save("p/j-turned.jpg", exif=exif)
+    x = torch.cat(load("p", 8)[:2])[:, :, 4, 4].tolist()
+    said = capfd.readouterr().err
+    assert x[:6] == [[51] * 3, [51] * 3, [255] * 3, [255, 204, 204], [10, 20, 30], [255] * 3]
+    assert np.allclose(x[6], [255, 0, 0], atol=3) and x[7] == [255] * 3
+    assert "i-float.tif: left out" in said and len(x) == 8 + ("j-turned" not in said)
 
 
 @pytest.mark.skipif(not os.environ.get("FASHION_MNIST"), reason="FASHION_MNIST names no folder of real idx files")
@@ -292,6 +344,12 @@ def broken_files():
     np.savez("zip.npz", a=np.zeros((5, 8, 8), np.uint8))
     Path("zip.npz").rename("zip.npy")
     write_idx(Path("untested"), True, n=(6, 0))
+    write_idx(Path("mislabelled"), False)
+    Path("mislabelled/train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\1\0\0\0\2ab")
+    np.save("picture.npy", np.zeros((9, 8, 3), np.uint8))  # one picture, not nine
+    np.savez("some.npz", a=np.zeros((5, 8, 8), np.uint8))
+    write_idx(Path("huge"), True)  # says that it holds 2^50 bytes
+    Path("huge/train-images-idx3-ubyte.gz").write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**20, 2**15, 2**15) + bytes(99)))
     np.save("objects.npy", np.array([{}, {}], object), allow_pickle=True)
     Path("cut.npy").write_bytes(Path("float.npy").read_bytes()[:70])
 
@@ -299,7 +357,7 @@ def broken_files():
 @pytest.mark.parametrize("data", ["nowhere", "nowhere.npy", "nowhere.tar.gz", "empty", "cut", "foreign", "bad.tar.gz",
                                   "part.tar.gz", "float.npy", "flat.npy", "one.npy", "four.npy", "objects.npy",
                                   "cut.npy", "two.npy", "none.npy", "five.npy", "scalar.npy", "words.npy",
-                                  "zip.npy", "untested"])
+                                  "zip.npy", "untested", "mislabelled", "picture.npy", "some.npz", "huge"])
 def test_wrong_data_is_refused(data):
     broken_files()
     with pytest.raises(ddpm.UserError, match=f"--data {re.escape(data)}: "):
@@ -591,10 +649,13 @@ def zipped(**members):
 
 
 def test_text_from_files_of_each_kind():
-    for name, body in (("a.txt", b"some\xff"), ("a.gz", gzip.compress(b"some\xff")), ("a.bz2", bz2.compress(b"some\xff")),
-                       ("a.xz", lzma.compress(b"some\xff"))):
+    some = "s\u00f6me".encode()
+    for name, body in (("a.txt", some), ("a.gz", gzip.compress(some)), ("a.BZ2", bz2.compress(some)), ("a.xz", lzma.compress(some)),
+                       ("mark.txt", codecs.BOM_UTF8 + some), ("wide.txt", some.decode().encode("utf-16"))):
         Path(name).write_bytes(body)
-        assert rope.load_text(name, "cache") == [b"some\xff"]
+        assert rope.load_text(name, "cache") == [some]
+    Path("cut.txt").write_bytes(some + b"\xe4\xb8")  # as in enwik8, which ends within a character
+    assert rope.load_text("cut.txt", "cache") == [some + b"\xe4\xb8"]
     Path("a.zip").write_bytes(zipped(b="second", a="first", c=""))
     assert rope.load_text("a.zip", "cache") == [b"first", b"second"]
 
@@ -617,6 +678,71 @@ def test_text_that_cannot_be_read_is_refused(name, body):
         Path(name).write_bytes(body)
     with pytest.raises(rope.UserError, match="--data"):
         rope.load_text(name, "cache")
+
+
+CHINESE, FRENCH = "\u8bcd\u5411\u91cf " * 9, "d\u00e9j\u00e0 \u00e9t\u00e9 " * 9
+
+
+@pytest.mark.parametrize("body, guess", [
+    (CHINESE.encode("gbk"), "GB18030"), (FRENCH.encode("latin-1"), "LATIN1"), ("plain".encode("utf-16-le"), "UTF-16"),
+    (b"a\0b", "NUL bytes"), (b"\x89PNG\r\n\x1a\n\0\0", "perhaps")])
+def test_text_in_other_encodings_is_refused_with_a_guess(body, guess):
+    """And the command that converts; in a .zip the member is named."""
+    Path("old.txt").write_bytes(body)
+    Path("old.zip").write_bytes(zipped(good="first", bad=body))
+    for data, named in (("old.txt", "old.txt"), ("old.zip", "old.zip, bad")):
+        with pytest.raises(rope.UserError, match=f"--data {named}: not UTF-8.*{guess}.*iconv -f"):
+            rope.load_text(data, "cache")
+
+
+def damaged(body, g):
+    """`body` with a few bytes changed, cut, doubled or blanked, as g, a random.Random, will have it."""
+    body = bytearray(body)
+    for _ in range(g.randint(1, 4)):
+        at = g.randrange(len(body))
+        kind = g.randrange(4)
+        if kind == 0:
+            body[at] ^= 1 << g.randrange(8)
+        elif kind == 1 and at > 8:
+            del body[at:]
+        elif kind == 2:
+            body[at:at] = body[max(0, at - 20):at]
+        else:
+            body[at:at + g.randint(1, 40)] = g.randbytes(g.randint(0, 40))
+        if not body:
+            break
+    return bytes(body)
+
+
+def small_files():
+    """One of each kind that the readers of pictures and of texts take, a few hundred bytes long."""
+    np.save("a.npy", np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5))
+    write_idx(Path("idx"), True, n=(2, 2))
+    write_cifar10("a.tar.gz", 1)
+    text = b"some words, and more of them\n" * 5
+    for name, body in (("a.txt", text), ("a.gz", gzip.compress(text)), ("a.bz2", bz2.compress(text)), ("a.xz", lzma.compress(text)),
+                       ("a.zip", zipped(a=text, b="more"))):
+        Path(name).write_bytes(body)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "idx/train-images-idx3-ubyte.gz", "idx/t10k-labels-idx1-ubyte.gz", "a.tar.gz",
+                                  "a.txt", "a.gz", "a.bz2", "a.xz", "a.zip"])
+def test_damaged_files_are_read_or_refused(name):
+    """Whatever is in a file: tensors of the right kind, or UserError; nothing else reaches `run`."""
+    small_files()
+    whole, g, refused = Path(name).read_bytes(), random.Random(name), 0
+    pictures = name.endswith((".npy", ".tar.gz")) or "idx" in name
+    for _ in range(100 if len(whole) < 5000 else 40):
+        Path(name).write_bytes(damaged(whole, g))
+        try:
+            if pictures:
+                x, x_test, *_ = load(Path(name).parts[0])
+                assert x.dtype == x_test.dtype == torch.uint8 and x.ndim == x_test.ndim == 4
+            else:
+                assert all(isinstance(part, bytes) for part in rope.load_text(name, "cache"))
+        except (ddpm.UserError, rope.UserError):
+            refused += 1
+    assert refused > 20 or name == "a.txt", refused
 
 
 @given(st.integers(20, 500))
