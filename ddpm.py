@@ -323,8 +323,9 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        code = self.time(time_code(t, self.width).to(x.dtype))  # (B, 4 width)
-        h = F.pad(x, (0, -width % self.patch, 0, -height % self.patch))
+        kind = self.first.weight.dtype  # a net in bfloat16 takes float32 pictures
+        code = self.time(time_code(t, self.width).to(kind))  # (B, 4 width)
+        h = F.pad(x.to(kind), (0, -width % self.patch, 0, -height % self.patch))
         h = self.first(F.pixel_unshuffle(h, self.patch))  # (B, width, H/p, W/p)
         skips = [h]
         for layer in self.down:
@@ -381,13 +382,13 @@ def held_out_loss(net: nn.Module, x: Tensor, seed: int, batch: int, s: Schedule)
 
 def draw(net: nn.Module, shape: tuple[int, ...], count: int, steps: int, args: argparse.Namespace,
          s: Schedule) -> tuple[Tensor, Tensor]:
-    """`count` pictures (C, H, W), uint8, always from the same noise; the first one's way from x_T.
+    """`count` pictures (C, H, W), uint8, from the noise of --sample-seed; the first one's way.
 
     steps: of DDIM, or 0 for all of (17). --samples at a time, so that any count begins alike.
     """
     device, pictures, way = s["alpha"].device, [], []
     for first in watch(range(0, count, args.samples), -(-count // args.samples), "sampling"):
-        g = generator(device, args.seed, first, 2)
+        g = generator(device, args.sample_seed, first, 2)
         xT = torch.randn((min(args.samples, count - first), *shape), generator=g, device=device)
         states = sample_ddim(net, xT, g, min(steps, args.T), args.eta, args.clip, s) if steps else \
             sample(net, xT, g, sigmas(args.sigma, s), args.clip, s)
@@ -433,9 +434,9 @@ def report(net: nn.Module, ema: nn.Module, x: Tensor, x_test: Tensor, args: argp
 
 # ---- training ----
 # Random streams, none used twice: torch.manual_seed(seed) the first weights; generator's keys are
-# (seed, step) t, noise and mirrors of a step; (seed, step, rank, 5) dropout; (seed, first, 2) the
-# samples from `first` on; (seed, 0, 1) noise of the held-out loss, 3 of tearing down; and in the
-# plumbing (seed, epoch, 9) the order, (seed, 0, 10) the judge, (0,) the faces.
+# (seed, step) t, noise and mirrors of a step; (seed, step, rank, 5) dropout; (sample_seed, first,
+# 2) the samples from `first` on; (seed, 0, 1) noise of the held-out loss, 3 of tearing down; and
+# in the plumbing (seed, epoch, 9) the order, (seed, 0, 10) the judge, (0,) the faces.
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together, once --resume has had its say."""
@@ -588,6 +589,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         test_images=(500,       2000,         10_000,       1, "held out, for the loss (15)"),
         judge=      (1000,                                  0, "samples for Frechet's distance, "
                      "precision, recall and sharpness"),
+        sample_seed=(0,                                     0, "of the pictures drawn"),
         sample_steps=(16,       50,           0,            0, "of DDIM; 0: all T of 9119 (17)"),
         eta=        (0.0,                                   0, "of DDIM: 0 no noise, 1 as (17)"),
         sigma=      ("beta",    ("beta", "posterior", "zero"), "sigma_t of 9119 (17)"),
@@ -655,6 +657,7 @@ def tell(stream: str, text: str, end: str = "\n") -> None:
 def say(text: str, live: bool = False) -> None:
     """Prints a line, on rank 0; on a terminal the next one takes the place of a `live` one."""
     terminal = sys.stdout.isatty()
+    text = re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)  # it would obey
     if not RANK:
         tell("stdout", "\r\033[K" * terminal + text, "" if live and terminal else "\n")
 

@@ -720,6 +720,7 @@ def tell(stream: str, text: str, end: str = "\n") -> None:
 def say(text: str, live: bool = False) -> None:
     """Prints a line, on rank 0; on a terminal the next one takes the place of a `live` one."""
     terminal = sys.stdout.isatty()
+    text = re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)  # it would obey
     if not RANK:
         tell("stdout", "\r\033[K" * terminal + text, "" if live and terminal else "\n")
 

@@ -344,6 +344,9 @@ def broken_files():
     np.savez("zip.npz", a=np.zeros((5, 8, 8), np.uint8))
     Path("zip.npz").rename("zip.npy")
     write_idx(Path("untested"), True, n=(6, 0))
+    write_idx(Path("long"), False)
+    with open("long/train-images-idx3-ubyte", "ab") as file:
+        file.write(b"x")
     write_idx(Path("mislabelled"), False)
     Path("mislabelled/train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\1\0\0\0\2ab")
     np.save("picture.npy", np.zeros((9, 8, 3), np.uint8))  # one picture, not nine
@@ -357,7 +360,7 @@ def broken_files():
 @pytest.mark.parametrize("data", ["nowhere", "nowhere.npy", "nowhere.tar.gz", "empty", "cut", "foreign", "bad.tar.gz",
                                   "part.tar.gz", "float.npy", "flat.npy", "one.npy", "four.npy", "objects.npy",
                                   "cut.npy", "two.npy", "none.npy", "five.npy", "scalar.npy", "words.npy",
-                                  "zip.npy", "untested", "mislabelled", "picture.npy", "some.npz", "huge"])
+                                  "zip.npy", "untested", "long", "mislabelled", "picture.npy", "some.npz", "huge"])
 def test_wrong_data_is_refused(data):
     broken_files()
     with pytest.raises(ddpm.UserError, match=f"--data {re.escape(data)}: "):

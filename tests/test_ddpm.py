@@ -741,7 +741,7 @@ def drawn(net, flags, s, first, count):
     """Pictures `first`, ..., by plain loops over (17) or DDIM's formula (12); and all states of the first of them."""
     args = ddpm.parse_args([*TINY.split(), *flags.split()])
     a, b, A, B = ([v.item() for v in s[name].double()] for name in ("alpha", "beta", "bar_alpha", "bar_beta"))
-    g = ddpm.generator("cpu", args.seed, first, 2)
+    g = ddpm.generator("cpu", args.sample_seed, first, 2)
     x = torch.randn(count, 3, 9, 9, generator=g)
     states = [x[0]]
     steps = args.sample_steps or 30
@@ -878,7 +878,7 @@ SAME = ("weights", "pictures", "loss")
 
 @pytest.mark.parametrize("base, flag, changed", [
     ("", "--sample-steps 3", ["pictures"]), ("", "--sample-steps 0", ["pictures"]), ("", "--eta 1", ["pictures"]),
-    ("--sample-steps 0 --no-foresight", "--no-clip", ["pictures"]),
+    ("", "--sample-seed 1", ["pictures"]), ("--sample-steps 0 --no-foresight", "--no-clip", ["pictures"]),
     ("--no-foresight", "--no-clip", ["pictures"]),
     ("--sample-steps 0", "--sigma posterior", ["pictures"]), ("--sample-steps 0", "--sigma zero", ["pictures"]),
     ("", "--test-images 1", ["loss"]), ("", "--save-every 1", []),
@@ -896,6 +896,16 @@ def test_every_flag_matters_where_it_should(pictures, base, flag, changed):
         both.append(dict(weights=[v.tolist() for v in state["model"].values()],
                          loss=metrics["held_out_loss_ema"], pictures=Path(f"{k}/samples.png").read_bytes()))
     assert {name for name in SAME if both[0][name] != both[1][name]} == set(changed)
+
+
+@pytest.mark.parametrize("foresight", ["--foresight", "--no-foresight"])
+def test_a_net_in_bfloat16_goes_with_the_float32_schedule(foresight):
+    net, s = ddpm.build(ddpm.parse_args([*TINY.split(), foresight]), 3, torch.device("cpu"))
+    scrambled(net)
+    x0, eps, t = draws(2, 3, 8, 8).float(), draws(2, 3, 8, 8, seed=1).float(), torch.tensor([3, 17])
+    want = ddpm.loss(net, x0, t, eps, s)
+    got = ddpm.loss(net.bfloat16(), x0, t, eps, s)
+    assert got.dtype == torch.float32 and torch.allclose(got, want, rtol=0.1) and not torch.equal(got, want)
 
 
 def test_clip_grad_tiny_and_a_rate_of_zero_learn_nothing(pictures):

@@ -257,6 +257,7 @@ def test_sample_only_is_what_the_run_drew(script):
     assert (code, err) == (0, "") and again in said
     after = results(script.out)
     assert after.pop(again) == before[drawn] and after == before
+    assert script(flag, "--sample-seed 1")[0] == 0 and results(script.out)[again] != before[drawn]
     other = script("--steps 3 --seed 9 --out other")[0], script("--out other", flag)[0]
     assert other == (0, 0) and results("other")[again] != before[drawn]  # other weights draw other things
 
