@@ -23,9 +23,10 @@ Map     9403 (1)   R_m^T R_n = R_{n-m}                                         t
         8265 (11)  the d x d matrix, theta_i = 10000^{-2i/d}                   rotation, thetas
         8265 (13)  q * cos + (-q_1, q_0, -q_3, q_2, ...) * sin                 rotate
         8397 (1)   x turns half of the pairs, y the other half                 axial
-        8397 (2)   relative, and (x, y) can be found from R_{x,y}              reversible
+        8397 (2)   R_m^T R_n = R_{n-m}, of R_{x,y} as well                     test
+        8397       and (x, y) can be found from R_{x,y}                        reversible
         8397 (19)  R_x = exp(sum_k x_k B_k)                                    rotary_table_nd
-        8397 (21)  B_1 B_2 = B_2 B_1                                           test
+        8397 (21)  B_1 B_2^T = B_2^T B_1                                       test
 Symbols P is orthogonal, so P^{-1} = P^T and one P serves q and k (the post only says invertible).
         "Interleaved": pair i is (q_2i, q_2i+1), as in the post; "half": (q_i, q_{i+d/2}).
 Shapes  B batch, H heads, L new tokens, M positions kept, d width of a head, N dimensions of a
@@ -251,7 +252,7 @@ def axial(theta: Tensor, N: int) -> Tensor:
 
 
 def reversible(omega: Tensor) -> bool:
-    """8397 (2), the second demand: whether R_x, by omega (d/2, N), tells x from those near it."""
+    """8397, the second demand (可逆性): whether R_x, by omega (d/2, N), tells x from those near it."""
     return int(torch.linalg.matrix_rank(omega)) == omega.shape[-1]
 
 

@@ -94,7 +94,8 @@ def band(bias: Tensor, rows: int, past: int, outside: float = 0.0) -> Tensor:
     M = bias.shape[-1] - 1
     near = distance.clamp(0, M)
     B = bias[near] if bias.ndim == 1 else bias.gather(-1, near.expand(*bias.shape[:-1], -1))
-    return B.masked_fill(distance > M, outside).masked_fill(distance < 0, -math.inf)
+    B = B.masked_fill(distance > M, outside)  # 9844 (9)
+    return B.masked_fill(distance < 0, -math.inf)  # the M of 9844 (7)
 
 
 def quantize(k: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,7 +202,7 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
             B_i = B[:rows, M - past:M + rows] if bias.ndim == 1 else \
                 band(bias[:, i:i + rows], rows, past)
             out.append(block_attention(q_i, torch.cat(k[near], 1), torch.cat(x[near], 1), B_i,
-                                       codebook, U, count))
+                                       codebook, U, count))  # 9844 (7), (10)
     return torch.cat(out, 1), Memory(*(part[:, leaves[-1]:] for part in seen), U, count)
 
 
@@ -451,7 +452,7 @@ class TransformerVQ(nn.Module):
         self.prefix, self.through, self.drop_layer = prefix, through, drop_layer
         self.embed = nn.Embedding(256, width)
         reach = max(1, int(math.log2(max(window, 1))))  # layer i's B begins high near 2^i
-        out_std = (12 / layers / d_v) ** 0.5
+        out_std = (12 / layers / d_v) ** 0.5  # departs: the paper has d_v ** -0.5 at any depth
         self.layers = nn.ModuleList(
             GAU(attention, width, d_k, d_v, codes, window, bias, 2 ** (i % reach), out_std,
                 dropout, drop_sinusoid) for i in range(layers))
@@ -727,7 +728,7 @@ def renew_codes(net: TransformerVQ, seen: list, decay: float, restart: bool, g: 
         if layer.book:
             k = k.flatten(0, 1).float()
             layer.book.update(k, ids.flatten(), decay)
-            if restart:
+            if restart:  # departs: neither the post nor the official code revives dead codes
                 layer.book.restart(k, g)
 
 
@@ -806,7 +807,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         tokens = text[mine(starts) + segment * args.update_len + window].long()  # (B, n + 1)
         if segment == 0:
             carried.keep(None)
-        if step == 0:
+        if step == 0:  # departs: codes begin by K-means, the official ones as noise
             with autocast(args):
                 begin_codes(net, tokens[:, :-1], generator(device, args.seed, 3))
         torch.manual_seed(generator("cpu", args.seed, step, RANK, 5).initial_seed())  # dropout

@@ -241,7 +241,7 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
         rare = []
         for d in range(1, L + 1):
             x, y = pairs(tokens, docs, s, s + chunk, d)
-            weight, often = L - d + 1, y < top  # T7
+            weight, often = L - d + 1, y < top  # T7; departs: expected, word2vec draws each
             cell = (x * top + y)[often]
             square.index_add_(0, cell, torch.full_like(cell, weight))
             rare.append((x * V + y << bits)[~often] + weight)
@@ -371,7 +371,8 @@ class Word2Vec(nn.Module):
             y = (h @ self.out.mT).float()  # (B, S, V)
             value = (mass * y.logsumexp(-1)).sum() - (weight * x.float()).sum()
         else:
-            y = (h @ lookup(negatives, self.out).mT).float()  # (B, S, K), one draw for the batch
+            # departs: one draw of K negatives for the whole batch, word2vec draws k for each pair
+            y = (h @ lookup(negatives, self.out).mT).float()  # (B, S, K)
             value = -(weight * F.logsigmoid(x.float())).sum() \
                 + k / len(negatives) * (mass * F.softplus(y).sum(-1)).sum()
         return value, mass.sum()
@@ -480,16 +481,24 @@ def read_questions(path: Path) -> list[tuple[list[str], str | float]]:
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.A)
 
 
-def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
-    """Scores of W (V, n) on a file of `read_questions`: spearman, or the share of right answers.
+def known_lines(path: Path, words: list[str]) -> tuple[list, list[tuple[list[int], str | float]]]:
+    """The lines of a file of questions, and those of them of which all is known, words as numbers.
 
-    Lines with a word that is not in `words` are left out, and counted: `asked` of `of`. Raises
-    UserError where no line is left.
+    Raises UserError where no line is left.
     """
     find, rows = finder(words), read_questions(path)
     asked = [(ids, mark) for line, mark in rows if min(ids := [find(w) for w in line]) >= 0]
     if not asked:
         raise UserError(f"--eval {path}: no line of it can be asked of these {len(words):,} words")
+    return rows, asked
+
+
+def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
+    """Scores of W (V, n) on a file of `read_questions`: spearman, or the share of right answers.
+
+    Lines with a word that is not in `words` are left out, and counted: `asked` of `of`.
+    """
+    rows, asked = known_lines(path, words)
     ids, marks = torch.tensor([ids for ids, _ in asked], device=W.device), [m for _, m in asked]
     scores = dict(asked=len(asked), of=len(rows))
     if ids.shape[1] == 2:
@@ -703,7 +712,8 @@ def build(args: argparse.Namespace, V: int, device: torch.device) -> tuple[Word2
     net = Word2Vec(V, args.dim, args.model, args.loss).to(device)
     if args.compile:
         net.compile()
-    return net, dict(model=net, opt=torch.optim.Adam(net.parameters(), lr=args.lr, fused=True))
+    opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)  # departs: word2vec has SGD
+    return net, dict(model=net, opt=opt)
 
 
 def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, state: dict | None,
@@ -742,6 +752,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     begin, by_svd = time.perf_counter(), args.model in BY_SVD
     words, n, tokens, docs = load_data(args, device, state)
     chosen = choose(args.words, words)
+    for path in args.eval:  # a file of no use is refused before the work
+        known_lines(Path(path), words)
     make_room(args)
     steps = args.steps or (30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size))
     args = argparse.Namespace(**vars(args) | dict(steps=steps))  # now that the text is known

@@ -1199,11 +1199,13 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
     ([*BASE, "--eval", "bytes.txt"], "bytes.txt: not UTF-8"),
     ([*BASE, "--eval", "none.txt"], "none.txt: No such file"),
     ([*BASE, "--eval", "t.txt"], "--eval t.txt: "),
+    ([*BASE, "--eval", "strange.tsv"], "strange.tsv: no line of it can be asked"),
     (["--new-words", "bytes.txt"], "bytes.txt: not UTF-8"),
 ])
 def test_wrong_input_is_one_line_before_the_work(argv, line, capsys):
     write_text()
     Path("bytes.txt").write_bytes(b"\x80\xff")
+    Path("strange.tsv").write_text("zebra\tgnu\t3\n")
     Path("few.txt").write_text("ab 100\ncd 500\n")
     Path("v.txt").write_text("1 2\na 1 2\n")
     assert w.main(argv) == 2

@@ -7,6 +7,7 @@ components, precision, recall, sharpness (ddpm.py's judge) of --judge samples, a
 """
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     x, x_test = ddpm.load_data(args, device, state)
     net, s = ddpm.build(args, x.shape[1], device)
     ddpm.restore(state, dict(ema=net.eval()))
+    for arm in opt.arms:
+        if arm not in ("17/beta", "17/posterior", "17/zero") and not (
+                (jumps := re.fullmatch(r"ddim/(\d+)/(0|1|0?\.\d+)", arm)) and 1 <= int(jumps[1]) <= args.T):
+            p.error(f"--arms {arm}: 17/beta, 17/posterior, 17/zero, or ddim/STEPS/ETA, STEPS from 1 to T = {args.T}, ETA from 0 to 1")
     print("| drawn by | Frechet | precision | recall | sharpness | seconds |\n| --- " + "| --- " * 5 + "|")
     table = {}
     for arm in opt.arms:
