@@ -1002,7 +1002,7 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
             RuntimeError) as error:
         line = str(error).partition("\n")[0] or type(error).__name__
         lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
-        if isinstance(error, RuntimeError) and not (lost or re.search("allocate|memory", line)):
+        if isinstance(error, RuntimeError) and not (lost or re.search("allocate|memory|overflow", line)):
             raise
         if isinstance(error, KeyboardInterrupt):
             saved = args.own and (Path(args.out) / "ckpt.pt").exists()
@@ -1097,8 +1097,8 @@ def read_flags(script: str, title: str, argv: list[str] | None, experiment: dict
     for name, (*defaults, allowed, _) in rows.items():
         value = vars(args).setdefault(name, defaults[min(column, len(defaults) - 1)])
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(allowed, (int, float)) and not allowed <= number < 2**63:
-                p.error(f"--{name.replace('_', '-')} {shown(value)}: from {allowed} to 2**63")
+            if isinstance(allowed, (int, float)) and not allowed <= number < 2**62:
+                p.error(f"--{name.replace('_', '-')} {shown(value)}: from {allowed} to 2**62")
     args.resume |= bool(vars(args).get("sample_only"))  # which needs the checkpoint
     return args
 # === end shared ===

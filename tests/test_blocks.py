@@ -483,7 +483,7 @@ def test_flags_read_what_their_default_is():
 
 
 @pytest.mark.parametrize("argv", ["--steps 0", "--lr -0.1", "--lr nan", "--lr inf", "--mults 1,0", "--mults 1,x", "--kind c",
-                                  f"--seed {2**63}", "--seed x", "--sample-only -1", "--no-gpu", "--eval", "--see 1"])
+                                  f"--seed {2**62}", "--seed x", "--sample-only -1", "--no-gpu", "--eval", "--see 1"])
 def test_flags_out_of_bounds_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         flags(argv.split())

@@ -515,6 +515,11 @@ def test_out_of_memory_is_one_line(script, monkeypatch):
     script.ended(script("--steps 2"), 1, "memory")
 
 
+@pytest.mark.parametrize("size", [2**40, 2**61])
+def test_sizes_that_no_machine_has_are_one_line(script, size):
+    script.ended(script("--steps 2 --batch-size", size), 1, str(8 * size if size < 2**60 else size))
+
+
 # ---- the checkpoint ----
 
 def test_one_flipped_bit_is_refused_or_harmless(script):
