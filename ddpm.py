@@ -694,7 +694,8 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
             RuntimeError) as error:
         line = str(error).partition("\n")[0] or type(error).__name__
         lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
-        if isinstance(error, RuntimeError) and not (lost or re.search("allocate|memory|overflow", line)):
+        scarce = re.search("allocate|memory|overflow", line)
+        if isinstance(error, RuntimeError) and not (lost or scarce):
             raise
         if isinstance(error, KeyboardInterrupt):
             saved = args.own and (Path(args.out) / "ckpt.pt").exists()
