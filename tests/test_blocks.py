@@ -1,4 +1,5 @@
-"""The shared blocks as they stand in ddpm.py, and in rope.py what is for texts; test_habits.py tests them at work."""
+"""The shared blocks as they stand in ddpm.py, in rope.py what is for texts, in o_gan.py nets, ranks and codes; test_habits.py
+tests them at work."""
 
 import argparse
 import bz2
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import ddpm
 import numpy as np
+import o_gan
 import pytest
 import rope
 import torch
@@ -762,3 +764,144 @@ def test_no_path_a_wrong_one_and_a_single_picture_are_refused(data, words):
     np.save("one.npy", np.zeros((1, 8, 8), np.uint8))
     with pytest.raises(ddpm.UserError, match=words):
         load(data)
+
+
+# ---- nets ----
+
+@pytest.mark.parametrize("kernel", [4, 5])
+@given(st.integers(2, 40), st.integers(2, 40), st.sampled_from([1, 3]), st.integers(1, 5), st.integers(1, 6))
+def test_dcgan_takes_any_size_and_gives_it_back(kernel, h, w, c, width, n):
+    E, G = o_gan.Encoder((c, h, w), width, n, kernel), o_gan.Generator(n, (c, h, w), width, kernel)
+    x = G.eval()(torch.randn(2, n))
+    assert x.shape == (2, c, h, w) and x.abs().max() <= 1 and E.eval()(x).shape == (2, n)
+    sides = o_gan.halvings((c, h, w), kernel)
+    assert sides[0] == (h, w) and min(sides[-1]) <= 4 and (len(sides) == 2 or min(sides[-2]) > 4)
+    convs = [layer for layer in E.body if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convs] == [width * 2**k for k in range(len(sides) - 1)]
+
+
+@pytest.mark.parametrize("kernel", [4, 5])
+def test_dcgan_by_hand(kernel):
+    """The author's nets at 32 px, written out: no BatchNorm in E's first level, one before each of G's convolutions."""
+    F, pad = torch.nn.functional, (kernel - 1) // 2
+    torch.manual_seed(0)
+    E, G = (o_gan.started(net, 0.2).double() for net in (o_gan.Encoder((3, 32, 32), 4, 6, kernel),
+                                                         o_gan.Generator(6, (3, 32, 32), 4, kernel)))
+
+    def norm(h):
+        return (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    z = torch.randn(5, 6, dtype=torch.float64)
+    with torch.no_grad():
+        x = G(z)
+        p = dict(G.named_parameters())
+        h = (z @ p["head.weight"].T + p["head.bias"]).view(5, 16, 4, 4)
+        for k in (2, 5, 8):
+            h = F.conv_transpose2d(norm(h).relu(), p[f"body.{k}.weight"], p[f"body.{k}.bias"], 2, pad, kernel % 2)
+        torch.testing.assert_close(x, h.tanh())
+        code = E(x)
+        p = dict(E.named_parameters())
+        h = F.leaky_relu(F.conv2d(x, p["body.0.weight"], p["body.0.bias"], 2, pad), 0.2)
+        for k in (3, 6):
+            h = F.leaky_relu(norm(F.conv2d(h, p[f"body.{k}.weight"], p[f"body.{k}.bias"], 2, pad)), 0.2)
+        torch.testing.assert_close(code, h.flatten(1) @ p["head.weight"].T + p["head.bias"])
+
+
+def test_dcgan_has_the_authors_channels():
+    """64, ..., 1024 at 128 px and up to 2048 at 256 px."""
+    with torch.device("meta"):
+        for size, top in ((128, 1024), (256, 2048)):
+            E, G = o_gan.Encoder((3, size, size), 64, 128, 5), o_gan.Generator(128, (3, size, size), 64, 5)
+            assert E.head.in_features == 16 * top == G.head.out_features and E.body[0].out_channels == 64
+
+
+def test_started_weights_are_normal_or_glorots():
+    net = o_gan.started(o_gan.Encoder((3, 16, 16), 64, 20), 0.02)
+    for p in (net.body[0].weight, net.body[3].weight, net.head.weight):
+        assert p.std().item() == pytest.approx(0.02, rel=0.05) and abs(p.mean().item()) < 0.002
+    o_gan.started(net, 0)
+    edge = (6 / (64 * 16 + 128 * 16)) ** 0.5
+    assert 0.99 * edge < net.body[3].weight.max() <= edge and net.body[3].weight.std().item() == pytest.approx(edge / 3**0.5, rel=0.02)
+    assert not any(layer.bias.any() for layer in (net.body[0], net.body[3], net.head, net.body[4]))
+    assert (net.body[4].weight == 1).all()
+
+
+# ---- codes ----
+
+@given(st.integers(0, 2**31), st.integers(1, 600))
+def test_psnr_by_plain_numbers(seed, n):
+    x, y = (torch.randint(0, 256, (n, 1, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed + k)) for k in (0, 1))
+    mse = ((x.numpy().astype(float) - y.numpy()) ** 2).mean()
+    assert o_gan.psnr(x, y) == pytest.approx(10 * np.log10(255**2 / mse))
+    assert o_gan.psnr(x, x) == float("inf")
+
+
+@pytest.mark.parametrize("count", [60, 700])
+def test_pca_is_the_svds(count):
+    """Pictures of ten strong directions and some noise; also fewer pictures than pixels."""
+    rng = np.random.default_rng(0)
+    flat = rng.normal(size=(count, 10)) * np.linspace(60, 20, 10) @ np.linalg.qr(rng.normal(size=(192, 10)))[0].T
+    x = torch.tensor((flat + 128 + rng.normal(size=flat.shape)).round().clip(0, 255), dtype=torch.uint8).view(count, 3, 8, 8)
+    p = o_gan.Pca(x, 6)
+    rows = x.flatten(1).double().numpy() / 127.5 - 1
+    mean = rows.mean(0)
+    axes = np.linalg.svd(rows - mean, full_matrices=False)[2][:6]
+    np.testing.assert_allclose(p.mean, mean, atol=1e-12)
+    np.testing.assert_allclose(abs(axes @ p.basis.numpy()), np.eye(6), atol=1e-6)
+    np.testing.assert_allclose(abs(p.encode(x)), abs((rows - mean) @ axes.T), atol=1e-6)
+    want = ((rows - mean) @ axes.T @ axes + mean + 1) * 127.5
+    got = p.decode(p.encode(x), (3, 8, 8)).flatten(1).numpy()
+    assert abs(got - want.clip(0, 255)).max() <= 0.5 + 1e-3
+    assert torch.equal(p.encode(x), o_gan.Pca(x, 6).encode(x))
+
+
+def test_pca_of_many_takes_every_nth_and_of_few_what_there_is():
+    x = torch.randint(0, 256, (25_000, 1, 2, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = x[::3].flatten(1).double() / 127.5 - 1
+    torch.testing.assert_close(o_gan.Pca(x, 2).mean, rows.mean(0))
+    few = o_gan.Pca(x[:3], 9)
+    assert torch.equal(few.decode(few.encode(x[:3]), (1, 2, 2)), x[:3])
+    same = o_gan.Pca(x[:1].expand(5, -1, -1, -1), 2)  # no direction at all
+    assert torch.equal(same.decode(same.encode(x[:1]), (1, 2, 2)), x[:1])
+
+
+@given(st.integers(0, 2**31))
+def test_linear_probe_of_real_numbers_is_least_squares(seed):
+    rng = np.random.default_rng(seed)
+    x, x_test = rng.normal(size=(50, 3)) * [1, 100, 0.01], rng.normal(size=(40, 3)) * [1, 100, 0.01]
+    a = rng.normal(size=(3, 2))
+    y, y_test = (v / [1, 100, 0.01] @ a + 5 + rng.normal(size=(len(v), 2)) for v in (x, x_test))
+    x, x_test = (np.column_stack([v, np.full(len(v), 7.0), v[:, 0]]) for v in (x, x_test))  # a constant, a twin
+    got = o_gan.linear_probe(*(torch.tensor(v) for v in (x, y, x_test, y_test)))
+    one, one_test = (np.column_stack([v, np.ones(len(v))]) for v in (x, x_test))
+    left = y_test - one_test @ np.linalg.lstsq(one, y, rcond=None)[0]
+    want = 1 - (left**2).sum(0) / ((y_test - y_test.mean(0)) ** 2).sum(0)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_linear_probe_of_labels_is_softmax_regression():
+    """Against plain gradient descent to the same optimum; also called where gradients are off."""
+    rng = np.random.default_rng(0)
+    y, y_test = rng.integers(0, 3, 300), rng.integers(0, 3, 200)
+    centres = np.array([[0, 0], [20, 0.2], [0, 0.3]])
+    x, x_test = (centres[v] + rng.normal(size=(len(v), 2)) * [10, 0.1] for v in (y, y_test))
+    with torch.no_grad():
+        got, = o_gan.linear_probe(*(torch.tensor(v) for v in (x, y.astype(np.uint8), x_test, y_test.astype(np.uint8))))
+    one, one_test = (np.column_stack([(v - x.mean(0)) / x.std(0), np.ones(len(v))]) for v in (x, x_test))
+    w = np.zeros((3, 3))
+    for _ in range(3000):
+        p = np.exp(one @ w)
+        w -= 0.5 * (one.T @ (p / p.sum(1, keepdims=True) - np.eye(3)[y]) / 300 + 2e-5 * w)
+    assert got == pytest.approx((np.argmax(one_test @ w, 1) == y_test).mean(), abs=0.006) and 0.7 < got < 0.99
+
+
+@given(st.integers(0, 2**31), st.integers(1, 6))
+def test_knn_by_plain_loops(seed, k):
+    rng = np.random.default_rng(seed)
+    x, x_test, y, y_test = rng.normal(size=(30, 3)), rng.normal(size=(20, 3)), rng.integers(0, 4, 30), rng.integers(0, 4, 20)
+    hits = 0
+    for row, label in zip(x_test, y_test):
+        near = y[np.argsort(((x - row) ** 2).sum(1))[:k]]
+        counts = np.bincount(near, minlength=4)
+        hits += int(np.flatnonzero(counts == counts.max())[0] == label)
+    got = o_gan.knn_accuracy(*(torch.tensor(v) for v in (x, y.astype(np.uint8), x_test, y_test.astype(np.uint8))), k)
+    assert got == pytest.approx(hits / 20)
