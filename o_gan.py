@@ -19,8 +19,8 @@ Map     6409 (1)   D: E[f(D(x)) + g(D(G(z)))], G: E[h(D(G(z)))], both least     
         6409 (9)   -rho(z, h) ~ || N(z) - N(h) ||^2                        test
         6409 (10)  G(N(E(x))) is x again                                   reconstruct
 Symbols E is critic and encoder in one. Its score avg(E(x)) is low for real pictures, high for
-        fakes, which G pulls down (in BiGAN-QP, post 6214, real is high); both raise rho. The norm in
-        (8) is a sum in the post, the mean over pixels in the author's code and here.
+        fakes, which G pulls down (in BiGAN-QP, post 6214, real is high); both raise rho. The norm
+        in (8) is a sum in the post, the mean over pixels in the author's code and here.
 Shapes  B batch, C channels, H height, W width. z ~ N(0, I) and codes h: (B, n_z); x and y = G(z):
         (B, C, H, W), float32 in [-1, 1] here, uint8 in memory and on disk.
 
@@ -173,12 +173,13 @@ def spread(x: Tensor | None, most: int) -> Tensor | None:
     return None if x is None else x[::-(-len(x) // most)]
 
 
-def draw(G: nn.Module, count: int, args: argparse.Namespace, device: torch.device) -> list[Tensor]:
-    """z (count, n_z), always the same, and G(z), uint8; by --samples, so any count begins alike."""
+def sample(G: nn.Module, count: int, args: argparse.Namespace, device: torch.device
+           ) -> tuple[Tensor, Tensor]:
+    """z (count, n_z) and G(z), uint8; --samples of them at a time, so any count begins alike."""
     z = torch.cat([torch.randn(min(args.samples, count - first), args.n_z, device=device,
-                               generator=generator(device, args.seed, first, 2))
+                               generator=generator(device, args.sample_seed, first, 2))
                    for first in range(0, count, args.samples)])
-    return [z, apply(lambda z: to_uint8(G(z)), z)]
+    return z, apply(lambda z: to_uint8(G(z)), z)
 
 
 def read_labels(encoders: dict[str, Callable[[Tensor], Tensor]], again: Tensor, x: Tensor,
@@ -207,13 +208,12 @@ def report(nets: OGan, fresh: OGan, x: Tensor, x_test: Tensor, y: Tensor | None,
     nets is the average, fresh what the training began with, both in eval mode. Held out: x_test.
     """
     E, G, out, shape = nets.E, nets.G, Path(args.out), x.shape[1:]
-    z, samples = draw(G, max(args.samples, args.judge), args, x.device)
+    z, samples = sample(G, max(args.samples, args.judge), args, x.device)
     write_png(out / "samples.png", grid(samples[:args.samples], math.isqrt(args.samples)))
     metrics = dict(rho=apply(lambda z: rho(z, E(G(z))), z).mean().item())
     if args.judge:
         metrics |= judge(samples[:args.judge], x, x_test, args.seed)
-    x, y, x_test, y_test = (spread(v, most) for v, most in
-                            ((x, 10_000), (y, 10_000), (x_test, 10_000), (y_test, 10_000)))
+    x, x_test, y, y_test = (spread(part, 10_000) for part in (x, x_test, y, y_test))
     again = apply(lambda piece: to_uint8(reconstruct(E, G, to_float(piece), args.shrink)), x_test)
     code, code_test = normalize(codes(E, x)), normalize(codes(E, x_test))
     pairs = torch.stack([x_test[:32], again[:32]], 1).flatten(0, 1)  # each with its own at its side
@@ -238,8 +238,8 @@ def report(nets: OGan, fresh: OGan, x: Tensor, x_test: Tensor, y: Tensor | None,
 
 # ---- training ----
 # Random streams, none used twice: torch.manual_seed(seed) the first weights; generator's keys are
-# (seed, step) z and the augmentation of a step; (seed, first, 2) z of the samples from `first` on;
-# and in the plumbing (seed, epoch, 9) the order, (seed, 0, 10) the judge, (0,) the faces.
+# (seed, step) z and the augmentation of a step; (sample_seed, first, 2) z of the samples from
+# `first` on; and in the plumbing (seed, epoch, 9) the order, (seed, 0, 10) the judge, (0,) faces.
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together, once --resume has had its say."""
@@ -297,7 +297,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         save_checkpoint(args, step, parts, shape=tuple(pool.shape))
         if not end and not RANK:
             with autocast(args):
-                _, samples = draw(ema.G, args.samples, args, device)
+                _, samples = sample(ema.G, args.samples, args, device)
             write_png(Path(args.out) / f"samples_{step:06}.png",
                       grid(samples, math.isqrt(args.samples)))
 
@@ -343,7 +343,7 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
     nets = build(args, state["shape"][1:], device)
     restore(state, dict(ema=nets.eval()))
     with autocast(args):
-        _, samples = draw(nets.G, args.sample_only, args, device)
+        _, samples = sample(nets.G, args.sample_only, args, device)
     path = Path(args.out) / "samples_only.png"
     write_png(path, grid(samples, math.ceil(args.sample_only ** 0.5)))
     say(str(path))
@@ -359,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           128,          8, "pixels, if the data have any size"),
-        steps=      (4000,      20_000,       470_000,      1, "in all, resumed ones included"),
+        steps=      (7000,      20_000,       470_000,      1, "in all, resumed ones included"),
         batch_size= (32,        64,                         1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         n_z=        (8,         8,            128,          3, "numbers in a code"),
@@ -373,12 +373,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         decay=      (True,      True,         False,        None, "cosine of the rate to zero"),
         augment=    (False,                                 None, "E sees pictures moved, brighter "
                      "or darker, real and fake: if there are less than about 5,000"),
-        ema=        (0.99,      0.999,                      0, "decay of the average that draws"),
+        ema=        (0.995,     0.999,                      0, "decay of the average that draws"),
     )
     others = dict(
         paper=      (False,                                 None, "the author's set-up, whole"),
         save_every= (1000,      2000,         10_000,       1, "steps between checkpoints"),
         samples=    (64,                                    1, "pictures in a grid"),
+        sample_seed=(0,                                     0, "of the pictures drawn"),
         judge=      (1000,                                  0, "samples for Frechet's distance, "
                      "precision, recall and sharpness"),
         shrink=     (1.0,                                   0, "factor on N(E(x)) before G; the "
@@ -1245,7 +1246,8 @@ class Encoder(nn.Module):
     """Pictures (B, C, H, W) -> (B, outputs): DCGAN's discriminator (Radford et al. 2015).
 
     shape is (C, H, W), of 2 px at least. Strided convolutions of width, 2 width, 4 width, ...
-    channels, BatchNorm in all but the first, LeakyReLU; then a linear layer. kernel: 4 or 5.
+    channels, BatchNorm in all but the first, LeakyReLU; then a linear layer. kernel: 4 or 5. A
+    bias that BatchNorm would take away is left out: Adam makes it walk, and averages limp behind.
     """
 
     def __init__(self, shape: tuple[int, ...], width: int, outputs: int, kernel: int = 4):
@@ -1253,7 +1255,7 @@ class Encoder(nn.Module):
         sides, last, layers = halvings(shape, kernel), shape[0], []
         for level in range(len(sides) - 1):
             c = width * 2 ** level
-            layers += [nn.Conv2d(last, c, kernel, 2, (kernel - 1) // 2),
+            layers += [nn.Conv2d(last, c, kernel, 2, (kernel - 1) // 2, bias=not level),
                        BatchNorm(c) if level else nn.Identity(), nn.LeakyReLU(0.2)]
             last = c
         self.body = nn.Sequential(*layers)
@@ -1274,12 +1276,13 @@ class Generator(nn.Module):
         sides, pad, layers = halvings(shape, kernel)[::-1], (kernel - 1) // 2, []
         last = width * 2 ** (len(sides) - 2)
         self.first = (last, *sides[0])
-        self.head = Head(inputs, math.prod(self.first))
+        self.head = Head(inputs, math.prod(self.first), bias=False)
         for level, (small, large) in enumerate(zip(sides, sides[1:]), start=2):
             c = last // 2 if level < len(sides) else shape[0]
             extra = [b - 2 * (a - 1) - kernel + 2 * pad for a, b in zip(small, large)]
             layers += [BatchNorm(last), nn.ReLU(),
-                       nn.ConvTranspose2d(last, c, kernel, 2, pad, extra)]
+                       nn.ConvTranspose2d(last, c, kernel, 2, pad, extra,
+                                          bias=level == len(sides))]
             last = c
         self.body = nn.Sequential(*layers)
 
@@ -1294,7 +1297,8 @@ def started(net: nn.Module, std: float) -> nn.Module:
     for layer in net.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(layer.weight, 0, std) if std else nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return net
 # === end shared ===
 

@@ -4,6 +4,7 @@
     python tests/bench.py rope --peer rotary-embedding-torch --threads 1
     python tests/bench.py w2v_svd --peer gensim --threads 2
     python tests/bench.py transformer_vq --peer vector-quantize-pytorch --threads 1
+    python tests/bench.py o_gan --threads 1
     python tests/bench.py ddpm --gpu --compile
 
 A line of JSON for each thing timed: the median of seconds over --repeats, the smallest and the largest,
@@ -98,6 +99,68 @@ def cases_ddpm(opt: argparse.Namespace) -> Iterator[Case]:
     print(json.dumps({who: sum(p.numel() for p in net.parameters()) for who, net in nets.items()}))
     yield "training step", batch, {who: trainer(net) for who, net in nets.items()}
     yield "sampling step", batch, {who: sampler(net) for who, net in nets.items()}
+
+
+def cases_o_gan(opt: argparse.Namespace) -> Iterator[Case]:
+    """A whole update of both players, the bare run's nets; beside it the same without rho, and DCGAN's on the same nets:
+    binary cross-entropy, first E on real and fake, then G through E once more, each with its own Adam.
+    """
+    import copy
+
+    import o_gan
+    import torch.nn.functional as F
+
+    args, device = o_gan.parse_args(["--gpu"] if opt.gpu else []), torch.device("cuda" if opt.gpu else "cpu")
+    batch = opt.batch or args.batch_size
+    first = o_gan.build(args, (3, args.size, args.size), device)
+    x = torch.rand(batch, 3, args.size, args.size, device=device) * 2 - 1
+    z = torch.randn(batch, args.n_z, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
+
+    def players() -> tuple[o_gan.OGan, list, list]:
+        nets = copy.deepcopy(first)
+        if opt.compile:
+            nets.E.compile()
+            nets.G.compile()
+        return nets, list(nets.E.parameters()), list(nets.G.parameters())
+
+    def game(lambda_2: float) -> Callable[[], object]:
+        nets, E_params, G_params = players()
+        adam = o_gan.optimizer(nets, args)
+
+        def step() -> None:
+            with autocast:
+                y = nets.G(z)
+                hx, hy = nets.E(x), nets.E(y)
+            if lambda_2:
+                for_E = o_gan.critic_loss(x, y, z, hx, hy, args.lambda_1, lambda_2)
+                for_G = o_gan.generator_loss(z, hy, lambda_2)
+            else:
+                for_G = o_gan.avg(hy)
+                for_E = o_gan.avg(hx) - for_G + args.lambda_1 * o_gan.R(x, y, hx, hy)
+            for_E.mean().backward(inputs=E_params, retain_graph=True)
+            for_G.mean().backward(inputs=G_params)
+            adam.step()
+            adam.zero_grad()
+        return step
+
+    nets, E_params, G_params = players()
+    adams = [torch.optim.Adam(params, lr=2e-4, betas=(0.5, 0.999), fused=True) for params in (E_params, G_params)]
+
+    def dcgan() -> None:
+        with autocast:
+            y = nets.G(z)
+            scores = [o_gan.avg(nets.E(v)) for v in (x, y.detach())]
+        value = F.softplus(-scores[0]).mean() + F.softplus(scores[1]).mean()
+        value.backward(inputs=E_params)
+        adams[0].step()
+        adams[0].zero_grad()
+        with autocast:
+            score = o_gan.avg(nets.E(y))
+        F.softplus(-score).mean().backward(inputs=G_params)
+        adams[1].step()
+        adams[1].zero_grad()
+    yield "update of both players", batch, {"ours": game(args.lambda_2), "without rho": game(0), "DCGAN": dcgan}
 
 
 def cases_rope(opt: argparse.Namespace) -> Iterator[Case]:

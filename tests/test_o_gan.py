@@ -405,10 +405,10 @@ def pictures():
 
 
 def digits():
-    """As idx files, 10 x 10, grey: 40 to train on, 30 held out; each of three labels is a bright corner."""
+    """As idx files, 10 x 10, grey: 150 to train on, 40 held out; each of three labels is a bright corner."""
     rng, parts = np.random.default_rng(1), []
     Path("d").mkdir()
-    for part, count in (("train", 40), ("t10k", 30)):
+    for part, count in (("train", 150), ("t10k", 40)):
         y = rng.integers(0, 3, count).astype(np.uint8)
         x = rng.integers(0, 120, (count, 10, 10)).astype(np.uint8)
         for k, label in enumerate(y):
@@ -479,15 +479,10 @@ def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
             p.data -= lr * way
         for name in ema:
             ema[name] = decay * ema[name] + (1 - decay) * tracked[name]
-    # the gradient of a bias before BatchNorm is zero but for rounding, of which Adam makes whole steps
-    idle = {f"{player}.body.{k - 1}.bias" for player, net in (("E", nets.E), ("G", nets.G)) for k, layer in
-            enumerate(net.body) if isinstance(layer, torch.nn.BatchNorm2d) and k}
-    idle |= {"G.head.bias"} | {name for name in ema if "running_mean" in name}  # and they move the running means
-    checked = set(ema) - idle
-    assert any("running_var" in name for name in checked) and len(checked) > 12
-    for name in checked:
-        torch.testing.assert_close(state["model"][name], tracked[name].detach(), rtol=2e-3, atol=2e-4, msg=name)
-        torch.testing.assert_close(state["ema"][name], ema[name].detach(), rtol=2e-3, atol=2e-4, msg=name)
+    assert sum("running" in name for name in ema) == 6
+    for name in ema:
+        torch.testing.assert_close(state["model"][name], tracked[name].detach(), rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(state["ema"][name], ema[name].detach(), rtol=1e-3, atol=2e-5, msg=name)
     assert state["step"] == 5
 
 
@@ -519,7 +514,7 @@ def decibel(x, y):
     return 10 * np.log10(255**2 / ((np.asarray(x, float) - np.asarray(y, float)) ** 2).mean())
 
 
-@pytest.mark.parametrize("flags", ["", "--shrink 0.8 --n-z 7 --kernel 5 --seed 2"])
+@pytest.mark.parametrize("flags", ["", "--shrink 0.8 --n-z 7 --kernel 5 --seed 2 --sample-seed 4"])
 @pytest.mark.parametrize("data", ["a.npy", "d"])
 def test_the_report_again_from_the_checkpoint(pictures, flags, data):
     """Every number and picture: from the average, in eval mode, on the pictures that it should come from."""
@@ -528,7 +523,7 @@ def test_the_report_again_from_the_checkpoint(pictures, flags, data):
     state, metrics = main(f"{flags} --steps 12 --save-every 10", data=data)
     args, out, size, shape = o_gan.parse_args([*TINY.split(), *flags.split()]), Path("out/o_gan"), train.shape[-1], train.shape[1:]
     E, G = networks(flags, state["ema"], shape)
-    z = torch.cat([torch.randn(count, args.n_z, generator=o_gan.generator("cpu", args.seed, first, 2))
+    z = torch.cat([torch.randn(count, args.n_z, generator=o_gan.generator("cpu", args.sample_seed, first, 2))
                    for first, count in ((0, 4), (4, 4), (8, 4), (12, 2))])
     with torch.no_grad():
         fake = G(z)
@@ -620,12 +615,12 @@ def test_attributes_of_drawn_faces_are_read(monkeypatch):
 def test_recall_that_collapses_is_told(pictures, capsys, monkeypatch):
     """One picture for every z; and nothing is said where samples are the pictures themselves."""
     main("--steps 1 --judge 20")
-    monkeypatch.setattr(o_gan, "draw", lambda G, count, args, device: [
+    monkeypatch.setattr(o_gan, "sample", lambda G, count, args, device: [
         torch.zeros(count, args.n_z), pictures[:1].expand(count, -1, -1, -1).contiguous()])
     capsys.readouterr()
     _, metrics = main("--steps 1 --judge 20", "one")
     assert metrics["recall"] < 0.1 and "warning: recall 0.0" in capsys.readouterr().out
-    monkeypatch.setattr(o_gan, "draw", lambda G, count, args, device: [torch.zeros(count, args.n_z), pictures[:count]])
+    monkeypatch.setattr(o_gan, "sample", lambda G, count, args, device: [torch.zeros(count, args.n_z), pictures[:count]])
     _, metrics = main("--steps 1 --judge 20", "all")
     assert metrics["recall"] > 0.1 and "warning" not in capsys.readouterr().out
 
@@ -634,7 +629,7 @@ SAME = ("weights", "samples", "reconstructions", "metrics")
 
 
 @pytest.mark.parametrize("flag, changed", [
-    ("--shrink 0.5", ["reconstructions", "metrics"]), ("--judge 9", ["metrics"]), ("--save-every 1", []), ("--fp32", []),
+    ("--sample-seed 1", ["samples", "metrics"]), ("--shrink 0.5", ["reconstructions", "metrics"]), ("--judge 9", ["metrics"]), ("--save-every 1", []), ("--fp32", []),
     ("--ema 0.05", ["samples", "reconstructions", "metrics"]),
     *[(flag, SAME) for flag in (
         "--seed 1", "--batch-size 8", "--n-z 6", "--lambda-1 3", "--lambda-2 0", "--width 5", "--kernel 5", "--lr 0.03",
