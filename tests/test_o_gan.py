@@ -486,6 +486,67 @@ def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
     assert state["step"] == 5
 
 
+def test_two_ranks_are_one_and_a_resumed_run_is_whole_with_batchnorm_in_both_players(pictures, python):
+    """Moments of the whole batch on each rank, gradients averaged; buffers, both players, optimiser: to the bit after a resume."""
+    flags = "--steps 4 --lr 0.01 --augment"
+    ranks = python.ranks(o_gan.__file__, "--data", "a.npy", *TINY.split(), *flags.split(), "--out", "two")
+    assert [run.wait() for run in ranks] == [0, 0], ranks[0].err()
+    one, two = main(flags, "one")[0], torch.load("two/ckpt.pt", weights_only=True)
+    assert {"E.body.4.running_var", "G.body.0.running_mean", "G.body.3.running_var"} <= set(one["model"])
+    for part in ("model", "ema"):
+        for name, p in one[part].items():
+            torch.testing.assert_close(two[part][name], p, rtol=1e-3, atol=1e-5, msg=name)
+    assert o_gan.main(["--data", "a.npy", *TINY.split(), "--lr", "0.01", "--augment", "--no-decay", "--steps", "2", "--out", "cut"]) == 0
+    assert o_gan.main(["--resume", "--out", "cut", "--steps", "4"]) == 0
+    whole, cut = main(f"{flags} --no-decay", "whole")[0], torch.load("cut/ckpt.pt", weights_only=True)
+    for part in ("model", "ema"):
+        assert all(torch.equal(p, cut[part][name]) for name, p in whole[part].items())
+    for k, moments in whole["opt"]["state"].items():
+        assert all(torch.equal(v, cut["opt"]["state"][k][name]) for name, v in moments.items())
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batchnorm_over_ranks_is_torchs_over_the_whole_batch(monkeypatch, affine):
+    """Two ranks played one after the other: values, gradients and running moments, in training and after."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, 3, 2, 4, dtype=torch.float64)
+    whole = torch.nn.BatchNorm2d(3, affine=affine).double()
+    want = whole(x)
+    want_grad, = torch.autograd.grad((want * weight).sum(), x)
+    parts = [x.detach()[:3].requires_grad_(), x.detach()[3:].requires_grad_()]
+    monkeypatch.setattr(o_gan, "RANKS", 2)
+    layers = [o_gan.BatchNorm(3, affine=affine).double() for _ in parts]
+
+    class Both:
+        """The sum over both ranks' tensors, as autograd sees it."""
+        def __init__(self):
+            self.seen = []
+
+        def apply(self, value):
+            self.seen.append(value)
+            k = len(self.seen) - 1
+            n = parts[0].numel() // 3
+            h = torch.cat(parts)
+            if k % 2 == 0:
+                return h.sum((0, 2, 3))
+            mean = h.sum((0, 2, 3)) / (2 * n)
+            return (h - mean[:, None, None]).square().sum((0, 2, 3))
+    both = Both()
+    monkeypatch.setattr(o_gan, "Total", both)
+    out = torch.cat([layer(part) for layer, part in zip(layers, parts)])
+    torch.testing.assert_close(out, want)
+    grads = torch.autograd.grad((out * weight).sum(), parts)
+    torch.testing.assert_close(torch.cat(grads), want_grad)
+    for k, part in enumerate(parts):  # what each rank gave to be summed is its own share
+        torch.testing.assert_close(both.seen[2 * k], part.sum((0, 2, 3)))
+    for layer in layers:
+        torch.testing.assert_close(layer.running_mean, whole.running_mean)
+        torch.testing.assert_close(layer.running_var, whole.running_var)
+        assert layer.num_batches_tracked == 1
+        torch.testing.assert_close(layer.eval()(x), whole.eval()(x))
+
+
 def as_bytes(x):
     return ((x.detach().double() + 1) * 127.5).round().clamp(0, 255)
 
@@ -713,10 +774,12 @@ def test_learns(monkeypatch):
 def test_experiments_run_for_two_steps(pictures, capsys):
     short = ["--data", "a.npy", *TINY.split(), "--steps", "2", "--judge", "8", "--lr", "0.05"]
     table = o_gan_arms.main([*short, "--seeds", "3", "4"])
-    assert list(table) == ["rho", "no rho", "rho 1", "mse", "hinge", "learned T", "autoencoder"]
-    assert len({numbers["psnr"] for numbers in table.values()}) == 7
+    assert list(table) == ["rho", "no rho", "rho 1", "mse", "hinge", "learned T", "augment", "autoencoder"]
+    assert len({numbers["psnr"] for numbers in table.values()}) == 8
     runs = [main(f"--steps 2 --judge 8 --lr 0.05 --seed {seed}", seed)[1] for seed in (3, 4)]
     for name in ("frechet", "psnr"):
         assert table["rho"][name] == pytest.approx((runs[0][name] + runs[1][name]) / 2)
     assert "| learned T | " in capsys.readouterr().out
+    few = o_gan_arms.main([*short, "--arms", "rho", "--seeds", "3", "--pictures", "20"])
+    assert few["rho"]["psnr"] != pytest.approx(runs[0]["psnr"], abs=1e-6)
     assert all(getattr(o_gan, name) is function for name, function in o_gan_arms.REAL.items())

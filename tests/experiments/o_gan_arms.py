@@ -1,10 +1,11 @@
 """What each part of the post's loss is worth: O-GAN beside what the post argues against, at equal steps.
 
-    python tests/experiments/o_gan_arms.py [--seeds 0 1] [--arms rho mse ...] [flags of o_gan.py]
+    python tests/experiments/o_gan_arms.py [--seeds 0 1] [--arms rho mse ...] [--pictures N] [flags of o_gan.py]
 
 Arms: rho is (7) as it stands, lambda_2 .5; no rho, rho 1: lambda_2 0 and 1; mse: || z - E(G(z)) ||^2 for rho, to the scale
 of (9), which the post says fails; hinge: (6) with a hinge GAN; learned T: (4), a small T for avg; autoencoder: the same
-nets trained on || x - G(N(E(x))) ||^2 alone. Prints for each the means over the seeds of the report's numbers.
+nets trained on || x - G(N(E(x))) ||^2 alone; augment: rho with --augment, which is for few pictures, as --pictures leaves.
+Prints for each the means over the seeds of the report's numbers.
 """
 
 import argparse
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import o_gan  # noqa: E402
 
 COLUMNS = ("frechet", "precision", "recall", "sharpness", "rho", "rho_held_out", "psnr", "probe_E", "knn_E", "train_seconds")
-REAL = {name: getattr(o_gan, name) for name in ("critic_loss", "generator_loss", "build")}
+REAL = {name: getattr(o_gan, name) for name in ("critic_loss", "generator_loss", "build", "load_data")}
 
 
 def against(z, h):
@@ -65,8 +66,20 @@ def learned_T() -> dict:
     return dict(qp(lambda h: T[0](h)[:, 0]), build=build)
 
 
-ARMS = {"rho": ("0.5", {}), "no rho": ("0", {}), "rho 1": ("1", {}), "mse": ("0.5", qp(guide=mse)), "hinge": ("0.5", hinge()),
-        "learned T": ("0.5", learned_T())}
+ARMS = {"rho": ([], {}), "no rho": (["--lambda-2", "0"], {}), "rho 1": (["--lambda-2", "1"], {}),
+        "mse": ([], qp(guide=mse)), "hinge": ([], hinge()), "learned T": ([], learned_T()), "augment": (["--augment"], {})}
+
+
+@contextlib.contextmanager
+def replaced(functions: dict):
+    """Inside, o_gan has these functions in the place of its own."""
+    try:
+        for name, function in functions.items():
+            setattr(o_gan, name, function)
+        yield
+    finally:
+        for name in functions:
+            setattr(o_gan, name, REAL[name])
 
 
 def autoencoder(argv: list[str]) -> dict:
@@ -90,17 +103,11 @@ def autoencoder(argv: list[str]) -> dict:
 
 def train(arm: str, argv: list[str]) -> dict:
     """A whole run of o_gan.py with the arm's functions in the place of its own."""
-    lambda_2, patches = ARMS[arm]
-    try:
-        for name, function in patches.items():
-            setattr(o_gan, name, function)
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = o_gan.main([*argv, "--lambda-2", lambda_2])
-        if code:
-            sys.exit(code)
-    finally:
-        for name, function in REAL.items():
-            setattr(o_gan, name, function)
+    flags, patches = ARMS[arm]
+    with replaced(patches), contextlib.redirect_stdout(io.StringIO()):
+        code = o_gan.main([*argv, *flags])
+    if code:
+        sys.exit(code)
     return json.loads(Path(o_gan.parse_args(argv).out, "metrics.json").read_text())
 
 
@@ -110,14 +117,21 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--arms", nargs="+", choices=[*ARMS, "autoencoder"], default=[*ARMS, "autoencoder"])
     p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--pictures", type=int, help="train on the first N only (default: on all)")
     opt, rest = p.parse_known_args(argv)
+
+    def load_data(args, device, state):
+        pool, held_out, labels, held_out_labels = REAL["load_data"](args, device, state)
+        return pool[:opt.pictures], held_out, labels if labels is None else labels[:opt.pictures], held_out_labels
+
     table, lines = {}, []
     for arm in opt.arms:
         runs = []
         for seed in opt.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 flags = [*rest, "--steps", str(opt.steps), "--seed", str(seed), "--out", f"{folder}/run"]
-                runs.append(autoencoder(flags) if arm == "autoencoder" else train(arm, flags))
+                with replaced(dict(load_data=load_data)):
+                    runs.append(autoencoder(flags) if arm == "autoencoder" else train(arm, flags))
         for run in runs:  # one number for all attributes
             run |= {name: statistics.mean(run[name]) for name in ("probe_E",) if name in run}
         known = {name: [run[name] for run in runs if run.get(name) is not None] for name in COLUMNS}
