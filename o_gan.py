@@ -182,21 +182,23 @@ def sample(G: nn.Module, count: int, args: argparse.Namespace, device: torch.dev
     return z, apply(lambda z: to_uint8(G(z)), z)
 
 
-def read_labels(encoders: dict[str, Callable[[Tensor], Tensor]], again: Tensor, x: Tensor,
+def read_labels(E: nn.Module, start: nn.Module, pca: "Pca", n_z: int, again: Tensor, x: Tensor,
                 y: Tensor, x_test: Tensor, y_test: Tensor) -> dict:
-    """What a linear map reads of the labels y from the codes of each encoder, on the test part.
+    """What a linear map reads of the labels y, on the test part: R^2 of each, or the accuracy.
 
-    Last, what a reconstruction keeps: from pictures x_test and from `again`, their reconstructions,
-    by one map, fitted on x in 50 principal components.
+    From E(x), from the untrained E, from n_z principal components. Last, what a reconstruction
+    keeps: from pictures x_test and from `again`, their reconstructions, by one map fitted on x.
     """
-    metrics, whole = {}, Pca(x, 50)
+    encoders = dict(E=lambda v: codes(E, v), start=lambda v: codes(start, v),
+                    pca=lambda v: pca.encode(v)[:, :n_z])
+    metrics = {}
     for name, encode in encoders.items():
         parts = encode(x), y, encode(x_test), y_test
         metrics[f"probe_{name}"] = linear_probe(*parts)
         if not y.is_floating_point():
             metrics[f"knn_{name}"] = knn_accuracy(*parts)
     for name, seen in (("pictures", x_test), ("reconstructions", again)):
-        metrics[f"read_off_{name}"] = linear_probe(whole.encode(x), y, whole.encode(seen), y_test)
+        metrics[f"read_off_{name}"] = linear_probe(pca.encode(x), y, pca.encode(seen), y_test)
     return metrics
 
 
@@ -225,14 +227,14 @@ def report(nets: OGan, fresh: OGan, x: Tensor, x_test: Tensor, y: Tensor | None,
     write_png(out / "interpolation.png", grid(torch.cat(rows), 10))
     few, near = x_test[:12], torch.cdist(code_test[:12], code).argsort(1)[:, :3]
     write_png(out / "nearest.png", grid(torch.cat([few, *(x[k] for k in near.T)]), len(few)))
-    pca = Pca(x, args.n_z)
+    pca = Pca(x, max(50, args.n_z))
+    few_numbers = pca.encode(x_test)[:, :args.n_z]
     metrics |= dict(
         rho_held_out=rho(code_test, codes(E, again)).mean().item(), psnr=psnr(x_test, again),
-        psnr_pca=psnr(x_test, pca.decode(pca.encode(x_test), shape)),
-        psnr_mean=psnr(x_test, pca.decode(0 * pca.encode(x_test), shape)))
+        psnr_pca=psnr(x_test, pca.decode(few_numbers, shape)),
+        psnr_mean=psnr(x_test, pca.decode(few_numbers[:, :0], shape)))
     if y is not None:
-        encoders = dict(E=lambda v: codes(E, v), start=lambda v: codes(fresh.E, v), pca=pca.encode)
-        metrics |= read_labels(encoders, again, x, y, x_test, y_test)
+        metrics |= read_labels(E, fresh.E, pca, args.n_z, again, x, y, x_test, y_test)
     return metrics
 
 
@@ -484,7 +486,8 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
             RuntimeError) as error:
         line = str(error).partition("\n")[0] or type(error).__name__
         lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
-        if isinstance(error, RuntimeError) and not (lost or re.search("allocate|memory", line)):
+        scarce = re.search("allocate|memory|overflow", line)
+        if isinstance(error, RuntimeError) and not (lost or scarce):
             raise
         if isinstance(error, KeyboardInterrupt):
             saved = args.own and (Path(args.out) / "ckpt.pt").exists()
@@ -654,8 +657,8 @@ def read_flags(script: str, title: str, argv: list[str] | None, experiment: dict
     for name, (*defaults, allowed, _) in rows.items():
         value = vars(args).setdefault(name, defaults[min(column, len(defaults) - 1)])
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(allowed, (int, float)) and not allowed <= number < 2**63:
-                p.error(f"--{name.replace('_', '-')} {shown(value)}: from {allowed} to 2**63")
+            if isinstance(allowed, (int, float)) and not allowed <= number < 2**62:
+                p.error(f"--{name.replace('_', '-')} {shown(value)}: from {allowed} to 2**62")
     args.resume |= bool(vars(args).get("sample_only"))  # which needs the checkpoint
     return args
 # === end shared ===
@@ -1174,7 +1177,7 @@ class Pca:
         x = train[::-(-len(train) // 10_000)]
         self.mean = sum(piece.sum(0) for piece in in_pieces(x)) / len(x)
         basis = next(in_pieces(x[:k + 10])).mT - self.mean[:, None]
-        for _ in range(12):  # subspace iteration: what lies beyond component k + 10 fades away
+        for _ in range(8):  # subspace iteration: what lies beyond component k + 10 fades away
             basis = torch.linalg.qr(basis)[0]
             basis = sum((piece - self.mean).mT @ ((piece - self.mean) @ basis)
                         for piece in in_pieces(x))
@@ -1185,8 +1188,9 @@ class Pca:
         return torch.cat([(piece - self.mean) @ self.basis for piece in in_pieces(x)])
 
     def decode(self, code: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """(n, k) -> uint8 (n, *shape)."""
-        return to_uint8((self.mean + code @ self.basis.mT).unflatten(1, shape))
+        """(n, k) -> uint8 (n, *shape); of fewer components too: with none, the mean picture."""
+        basis = self.basis[:, :code.shape[1]]
+        return to_uint8((self.mean + code @ basis.mT).unflatten(1, shape))
 
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> list[float]:

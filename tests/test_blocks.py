@@ -852,6 +852,8 @@ def test_pca_is_the_svds(count):
     got = p.decode(p.encode(x), (3, 8, 8)).flatten(1).numpy()
     assert abs(got - want.clip(0, 255)).max() <= 0.5 + 1e-3
     assert torch.equal(p.encode(x), o_gan.Pca(x, 6).encode(x))
+    want = ((rows - mean) @ axes[:2].T @ axes[:2] + mean + 1) * 127.5  # fewer of them
+    assert abs(p.decode(p.encode(x)[:, :2], (3, 8, 8)).flatten(1).numpy() - want.clip(0, 255)).max() <= 0.5 + 1e-3
 
 
 def test_pca_of_many_takes_every_nth_and_of_few_what_there_is():
