@@ -3,6 +3,7 @@
     python tests/bench.py ddpm --peer diffusers --threads 2
     python tests/bench.py rope --peer rotary-embedding-torch --threads 1
     python tests/bench.py w2v_svd --peer gensim --threads 2
+    python tests/bench.py hier_pos_bert --peer transformers --threads 1
     python tests/bench.py transformer_vq --peer vector-quantize-pytorch --threads 1
     python tests/bench.py o_gan --threads 1
     python tests/bench.py ddpm --gpu --compile
@@ -354,6 +355,63 @@ def cases_transformer_vq(opt: argparse.Namespace) -> Iterator[Case]:
         peer = VectorQuantize(dim=64, codebook_size=512, decay=0.99).to(device).train()
         arms[opt.peer] = torch.no_grad()(lambda: peer(keys))
     yield "quantiser and its average", keys.shape[1], {who: torch.no_grad()(arm) for who, arm in arms.items()}
+
+
+def cases_hier_pos_bert(opt: argparse.Namespace) -> Iterator[Case]:
+    """WordPiece on 2 MB of the standard library; then training steps of a BERT of 4 layers, width 256, 30,522 words, 15 %
+    masked, at 128 and 512 tokens, plain and with the post's codes of four times as few positions.
+
+    Peer transformers: its fast tokenizer, by lines, and BertForMaskedLM of the same size without dropout.
+    """
+    import collections
+
+    import hier_pos_bert as hier
+
+    device = torch.device("cuda" if opt.gpu else "cpu")
+    text = b"\n".join(hier.load_text("python", ""))[:2_000_000].decode("utf-8", "replace")
+    common = [word for word, _ in collections.Counter(text.lower().split()).most_common(5000)]
+    letters = sorted(set(text.lower()) - set("\n\r\t "))
+    words = list(dict.fromkeys([*hier.SPECIAL, *letters, *(f"##{c}" for c in letters), *common]))
+    ids = {word: k for k, word in enumerate(words)}
+    arms = {"ours": lambda: hier.word_pieces(text, ids)}
+    if opt.peer == "transformers":
+        from tokenizers.implementations import BertWordPieceTokenizer
+        from transformers import BertConfig, BertForMaskedLM
+
+        peer = BertWordPieceTokenizer(vocab=ids)
+        arms["tokenizers"] = lambda: peer.encode_batch(text.split("\n"), add_special_tokens=False)
+        assert [k for row in arms["tokenizers"]() for k in row.ids] == arms["ours"]()
+    yield "word pieces", len(arms["ours"]()), arms
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
+    for length in (128, 512):
+        c = dict(vocab_size=30522, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024,
+                 max_position_embeddings=length, type_vocab_size=2, layer_norm_eps=1e-12)
+        batch = opt.batch or (8192 if opt.gpu else 1024) // length
+        tokens = torch.randint(1000, 30522, (batch, length), device=device)
+        at = torch.rand(batch, length, device=device).topk(round(0.15 * length)).indices.sort().values
+        labels = torch.full_like(tokens, -100).scatter(1, at, tokens.gather(1, at))
+        at = (at + length * torch.arange(batch, device=device)[:, None]).flatten()
+        short = hier.Bert(c | dict(max_position_embeddings=length // 4))
+        nets = {"ours": hier.Bert(c), "ours, the post's codes": hier.stretch(short, "hierarchical", length, 0.4, torch.Generator())}
+        if opt.peer == "transformers":
+            nets[opt.peer] = BertForMaskedLM(BertConfig(**c, hidden_dropout_prob=0, attention_probs_dropout_prob=0)).train()
+
+        def trainer(net: torch.nn.Module) -> Callable[[], object]:
+            net.to(device)
+            adam = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
+            run = torch.compile(net) if opt.compile else net
+
+            def step() -> None:
+                with autocast:
+                    if isinstance(net, hier.Bert):
+                        value = torch.nn.functional.cross_entropy(run(tokens, at=at).float(), tokens.flatten()[at])
+                    else:
+                        value = run(tokens, labels=labels).loss
+                value.backward()
+                adam.step()
+                adam.zero_grad()
+            return step
+        yield f"training step, {length} tokens", batch * length, {who: trainer(net) for who, net in nets.items()}
 
 
 def measure(opt: argparse.Namespace, what: str, items: int, arms: dict[str, Callable[[], object]]) -> None:

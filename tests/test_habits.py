@@ -30,6 +30,8 @@ SHORT = {  # a run of half a second on what `folder` writes
     "o_gan": "--data pictures.npy --width 4 --n-z 4 --batch-size 4 --samples 4 --judge 6",
     "rope": "--data text.txt --width 16 --layers 1 --heads 2 --context 16 --batch-size 4 --eval-bytes 256 --length 6 "
             "--samples 2 --warmup 2",
+    "hier_pos_bert": "--data text.txt --n 8 --width 16 --layers 1 --heads 2 --batch-size 4 --times 2 --tune-steps 1 --eval-tokens 200 "
+                     "--span 2 --warmup 2 --arms hierarchical",
     "transformer_vq": "--data text.txt --width 16 --layers 2 --d-k 8 --d-v 16 --codes 4 --window 4 --block 4 --update-len 8 "
                       "--segments 2 --batch-size 4 --eval-bytes 128 --length 12 --samples 2 --warmup 2 --recall-steps 0",
     "w2v_svd": "--data text.txt --model skipgram --min-count 1 --dim 4 --window 2 --batch-size 64 --shared-negatives 8",
@@ -38,6 +40,7 @@ ALONE = {  # with its own data: what keeps a run of two steps short
     "ddpm": "--size 8 --width 8 --samples 4 --sample-steps 2 --test-images 10 --judge 6",
     "o_gan": "--size 8 --width 4 --samples 4 --judge 6",
     "rope": "--eval-bytes 4096 --length 20 --width 16 --layers 1",
+    "hier_pos_bert": "--n 16 --width 16 --layers 1 --eval-tokens 4096 --tune-steps 1",
     "transformer_vq": "--width 16 --layers 1 --d-k 8 --d-v 16 --eval-bytes 512 --length 20 --recall-steps 0",
     "w2v_svd": "--model skipgram --dim 4 --vocabulary 500",
 }
