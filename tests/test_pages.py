@@ -404,18 +404,24 @@ def test_numbers_that_code_can_tell(page):
 # ---- the strip ----
 
 def test_the_strip_shows_faces_blocks_codes_and_words(tmp_path):
-    """The left square is the faces themselves; then P makes the dense R_n block-diagonal; then as many different rows of
-    K_hat K_hat^T as codes are in use, a 1 in each row of Delta; words are in colour."""
+    """Above the faces themselves. Below P makes the dense R_n block-diagonal; copies of p look alike; as many different rows
+    of K_hat K_hat^T as codes are in use, a 1 in each row of Delta; words are in colour."""
     import ddpm
+    import hier_pos_bert
     import rope
     import torch
     import transformer_vq
     import w2v_svd
     out, cpu = tmp_path / "out", torch.device("cpu")
-    for name in ("ddpm", "rope", "transformer_vq", "w2v_svd"):
+    for name in ALL:
         (out / name).mkdir(parents=True)
-    sheet = ddpm.grid(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8), 4)
-    ddpm.write_png(out / "ddpm/samples.png", sheet)
+    sheets = {}
+    for name, what, columns in (("ddpm", "samples", 8), ("nvae", "samples", 8), ("o_gan", "reconstructions", 8),
+                                ("bigan_qp", "interpolation", 10)):
+        sheets[name] = torch.randint(256, (6 * columns, 3, 32, 32), dtype=torch.uint8)
+        ddpm.write_png(out / name / f"{what}.png", ddpm.grid(sheets[name], columns))
+    p = torch.randn(8, 6)
+    torch.save(dict(model={"bert.embeddings.position_embeddings.weight": p}), out / "hier_pos_bert/ckpt.pt")
     nets = {}
     for script in (rope, transformer_vq):
         args = script.parse_args([])
@@ -430,9 +436,13 @@ def test_the_strip_shows_faces_blocks_codes_and_words(tmp_path):
     strip = runpy.run_path(str(ROOT / "tests/experiments/strip.py"))
     assert strip["main"](["--out", str(out), "--to", str(tmp_path / "strip.png")]) == 0
     picture, side = strip["read_png"](tmp_path / "strip.png").int(), strip["SIDE"]
-    assert picture.shape == (3, side, 4 * side + 36)
-    squares = [picture[:, :, k * (side + 12):k * (side + 12) + side] for k in range(4)]
-    assert torch.equal(squares[0], sheet.int())
+    assert picture.shape == (3, 2 * side + 12, 4 * side + 36)
+    above, squares = ([picture[:, row * (side + 12):][:, :side, k * (side + 12):k * (side + 12) + side] for k in range(4)]
+                      for row in (0, 1))
+    for (name, x), square in zip(sheets.items(), above):
+        columns = (0, 3, 6, 9) if name == "bigan_qp" else range(4)
+        x = x.unflatten(0, (6, -1))[:4, list(columns)].flatten(0, 1)
+        assert torch.equal(square, ddpm.grid(x, 4).int()), name
 
     def tile(square, row, column, n):
         width = (side - 20) // 2
@@ -442,9 +452,17 @@ def test_the_strip_shows_faces_blocks_codes_and_words(tmp_path):
     d = nets[rope].B().shape[-1]
     for row in (0, 1):
         for column in (0, 1):
-            R = tile(squares[1], row, column, d).amin(0) < 250  # not white
+            R = tile(squares[0], row, column, d).amin(0) < 250  # not white
             off = R & ~torch.block_diag(*[torch.ones(2, 2)] * (d // 2)).bool()
             assert R.diagonal().any() and bool(off.any()) == (row == 0)
+    u = torch.nn.functional.normalize(p - p.mean(0), dim=1)
+    for row, column, n in (0, 0, 8), (0, 1, 32), (1, 0, 32), (1, 1, 32):
+        R = tile(squares[1], row, column, n)
+        assert torch.equal(R, R.mT) and R.diagonal(dim1=1, dim2=2).unique(dim=1).shape[1] == 1  # cosines, 1 with itself
+        alike = torch.equal(R[:, :8, :8], R[:, -8:, :8]) if n > 8 else None
+        assert alike is {(0, 1): False, (1, 0): True, (1, 1): False}.get((row, column))
+    R = tile(squares[1], 0, 0, 8)
+    assert bool((R[0] > R[2]).any()) and torch.equal(R[0] > R[2], (u @ u.T > 0.01) & (R[0] > R[2]))  # red is like
     ids = nets[transformer_vq](torch.tensor([list(text[:64])]))[3][1][1][0]
     codes = tile(squares[2], 0, 1, 64)
     assert len({tuple(row.flatten().tolist()) for row in codes.unbind(1)}) == len(ids.unique()) > 1

@@ -2,8 +2,10 @@
 
     python tests/experiments/strip.py    # after the bare runs; writes docs/strip.png
 
-ddpm: the faces. rope: above, R_n = exp(nB) with a dense B that the run has learnt, n = 4 and 32; below, the same in the
-basis of 9403 (8): blocks of 2 x 2. transformer_vq: above, cosines of the keys of a text the run wrote, and of the codes
+Above, ddpm, nvae: faces drawn. o_gan: held-out faces, each with its reconstruction at its right. bigan_qp: in each row from
+one held-out face to another. Below, rope: R_n = exp(nB) with a dense B that the run has learnt, n = 4 and 32; under them the
+same in the basis of 9403 (8), blocks of 2 x 2. hier_pos_bert: cosines of the n codes trained, and of 4n codes by the post;
+under them of 4n by copies, and by interpolation. transformer_vq: above, cosines of the keys of a text the run wrote, and of the codes
 they become; below, which code each key is, and the cosines of the codes. w2v_svd: words with their neighbours.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import ddpm  # noqa: E402
+import hier_pos_bert  # noqa: E402
 import rope  # noqa: E402
 import transformer_vq  # noqa: E402
 import w2v_svd  # noqa: E402
@@ -37,6 +40,11 @@ def read_png(path: Path) -> Tensor:
     return lines[:, 1:].reshape(h, w, 3 if kind == 2 else 1).permute(2, 0, 1)
 
 
+def pairs(out: Path) -> Tensor:
+    """The first 4 x 4 pictures of a run's reconstructions: a face, and at its right what became of it."""
+    return read_png(out / "reconstructions.png")[:, :SIDE, :SIDE]
+
+
 def coloured(M: Tensor) -> Tensor:
     """uint8 (3, H, W) of numbers in [-1, 1] (H, W): blue is -1, white 0, red 1."""
     red, blue = torch.tensor([200, 40, 40]), torch.tensor([30, 90, 180])
@@ -47,6 +55,13 @@ def coloured(M: Tensor) -> Tensor:
 def faces(out: Path) -> Tensor:
     """The first 4 x 4 pictures of a run's samples."""
     return read_png(out / "samples.png")[:, :SIDE, :SIDE]
+
+
+def between(out: Path) -> Tensor:
+    """Of four rows of ten pictures, from one face to another, the 1st, 4th, 7th and 10th."""
+    sheet = read_png(out / "interpolation.png")[:, :SIDE]
+    rows = F.pad(sheet, (0, -sheet.shape[2] % 10), value=255).unflatten(2, (10, -1))  # each with its white line
+    return rows[:, :, [0, 3, 6, 9]].flatten(2)[:, :, :SIDE]
 
 
 def four(tiles: list[Tensor]) -> Tensor:
@@ -73,6 +88,15 @@ def blocks(out: Path) -> Tensor:
     P, _ = rope.canonical(B)
     dense = rope.exp_rotation(torch.tensor([4.0, 32.0], dtype=torch.float64), B)  # (2, d, d)
     return four([*dense, *(P.mT @ dense @ P)])
+
+
+def codes(out: Path) -> Tensor:
+    """7947: cosines of p with each other, of 4n codes by (1) and (2); of p's copies, of p drawn out."""
+    state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    p = state["model"]["bert.embeddings.position_embeddings.weight"]
+    q = [hier_pos_bert.other_positions(p, way, 4 * len(p), torch.Generator()) for way in ("tile", "interpolate")]
+    q = [F.normalize(x - p.mean(0), dim=1) for x in (p, hier_pos_bert.materialize(p, 0.4, 4 * len(p)), *q)]
+    return four([x @ x.T for x in q])
 
 
 @torch.no_grad()
@@ -106,10 +130,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--to", type=Path, default=ROOT / "docs/strip.png", help="the picture to write")
     args = p.parse_args(argv)
     squares = [draw(args.out / name) for name, draw in (
-        ("ddpm", faces), ("rope", blocks), ("transformer_vq", keys), ("w2v_svd", words))]
-    squares = [F.pad(s, (0, SIDE - s.shape[2], 0, SIDE - s.shape[1]), value=255) for s in squares]
-    frame = torch.full((3, SIDE, 12), 255, dtype=torch.uint8)
-    ddpm.write_png(args.to, torch.cat([x for s in squares for x in (s, frame)][:-1], 2))
+        ("ddpm", faces), ("nvae", faces), ("o_gan", pairs), ("bigan_qp", between),
+        ("rope", blocks), ("hier_pos_bert", codes), ("transformer_vq", keys), ("w2v_svd", words))]
+    squares = [F.pad(s, (0, SIDE + 12 - s.shape[2], 0, SIDE + 12 - s.shape[1]), value=255) for s in squares]
+    strip = torch.cat([torch.cat(squares[:4], 2), torch.cat(squares[4:], 2)], 1)
+    ddpm.write_png(args.to, strip[:, :-12, :-12])
     print(args.to)
     return 0
 
