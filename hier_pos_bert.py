@@ -386,35 +386,34 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_bert(folder: str) -> tuple[dict, dict[str, Tensor]]:
     """config.json and the weights of FOLDER, by the names that `Bert` has; without "cls." if the
     model has no head. Raises UserError for what is missing, unknown or not a BERT."""
-    root = Path(folder)
+    root, found = Path(folder), {}
     try:
-        c = json.loads((root / "config.json").read_text())
+        c = dict(type_vocab_size=2, layer_norm_eps=1e-12) | json.loads(
+            (root / "config.json").read_text())
+        with torch.device("meta"):
+            want = {name: value.shape for name, value in Bert(c).state_dict().items()}
         if (root / "model.safetensors").exists():
             state = read_safetensors(root / "model.safetensors")
         else:
             state = torch.load(root / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        for name, value in state.items():
+            name = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name))
+            name = name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
+            if not re.search(r"position_ids$|^bert\.pooler\.|^cls\.seq_relationship\.", name):
+                found[name] = value.float()
     except OSError as error:
         raise UserError(f"--bert {folder}: {error}") from None
     except Exception as error:  # torch raises a dozen kinds
-        raise UserError(f"--bert {folder}: damaged, or not what it seems: {error!r:.80}") from None
-    c = dict(type_vocab_size=2, layer_norm_eps=1e-12) | c
-    wanted = dict(position_embedding_type="absolute", hidden_act="gelu", model_type="bert")
-    if wrong := [f"{k} {c[k]}" for k, v in wanted.items() if c.get(k, v) != v]:
+        raise UserError(f"--bert {folder}: damaged, or not a BERT's: {error!r:.80}") from None
+    must = dict(position_embedding_type="absolute", hidden_act="gelu", model_type="bert")
+    if wrong := [f"{k} {c[k]}" for k, v in must.items() if c.get(k, v) != v]:
         raise UserError(f"--bert {folder}: {', '.join(wrong)}: not the BERT that is written here")
-    found = {}
-    for name, value in state.items():
-        name = re.sub(r"gamma$", "weight", re.sub(r"beta$", "bias", name))
-        name = name if name.startswith(("bert.", "cls.")) else f"bert.{name}"
-        if not re.search(r"position_ids$|^bert\.pooler\.|^cls\.seq_relationship\.", name):
-            found[name] = value.float()
     head = "cls.predictions."
     for copied, name in ((f"{head}decoder.weight", "bert.embeddings.word_embeddings.weight"),
                          (f"{head}decoder.bias", f"{head}bias")):
         other = found.pop(copied, None)
         if other is not None and not torch.equal(other, found.setdefault(name, other)):
             raise UserError(f"--bert {folder}: {copied} is not tied to {name}")
-    with torch.device("meta"):
-        want = {name: value.shape for name, value in Bert(c).state_dict().items()}
     if not any(name.startswith("cls.") for name in found):
         want = {name: shape for name, shape in want.items() if not name.startswith("cls.")}
     wrong = {name for name in found.keys() & want if found[name].shape != want[name]}
@@ -627,6 +626,9 @@ def read_start(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], dict]
         raise UserError(f"--bert {args.bert}: {len(vocab['words'])} words for {c['vocab_size']}")
     if args.times >= n:
         raise UserError(f"--times {args.times}: {n} positions are good for {n - 1} times as many")
+    if args.eval_tokens < args.times * n or args.span > args.times * n - 2:
+        raise UserError(f"--eval-tokens {args.eval_tokens}, --span {args.span}: a window has "
+                        f"{args.times * n} tokens, two of them [CLS] and [SEP]")
     return c, weights, vocab
 
 
@@ -696,7 +698,9 @@ def tune(net: Bert, text: Tensor, length: int, rows: int, vocab: dict, args: arg
     for step in watch(range(args.tune_steps), args.tune_steps, f"tuning at {length}, step"):
         opt.param_groups[0]["lr"] = learning_rate(step, args.tune_steps, args.tune_lr, args.warmup)
         g = generator(text.device, args.seed, step, 2)
-        learn(wrapped, opt, text, length, rows, g, vocab, args)
+        loss = learn(wrapped, opt, text, length, rows, g, vocab, args)
+        if step + 1 == args.tune_steps and not loss.isfinite():
+            raise FloatingPointError(f"tuning at {length}: loss {loss}; a smaller --tune-lr?")
     return net
 
 

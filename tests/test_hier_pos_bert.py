@@ -452,7 +452,8 @@ def test_a_folder_there_and_back():
     ("missing", ["missing", "bert.encoder.layer.1.output.dense.bias"]), ("unknown", ["unknown", "bert.more"]),
     ("half a head", ["missing", "cls.predictions.bias"]), ("untied", ["decoder.weight", "tied"]), ("relative", ["relative_key"]),
     ("relu", ["relu"]), ("roberta", ["roberta"]), ("no config", ["config.json"]), ("no weights", ["pytorch_model.bin"]),
-    ("no words", ["vocab.txt"]), ("no mask", ["[MASK]"]), ("cut", ["damaged"]), ("few words", ["words"]), ("shape", ["dense.weight"])])
+    ("no words", ["vocab.txt"]), ("no mask", ["[MASK]"]), ("cut", ["damaged"]), ("few words", ["words"]), ("shape", ["shape", "dense.weight"]),
+    ("no width", ["hidden_size"]), ("a list", ["damaged"])])
 def test_folders_that_are_refused(text, capsys, what, words):
     state, more, vocab = weights(), {}, list(VOCAB)
     if what == "missing":
@@ -465,6 +466,8 @@ def test_folders_that_are_refused(text, capsys, what, words):
         state["cls.predictions.decoder.weight"] = torch.zeros(len(VOCAB), 12)
     if what == "shape":
         state["bert.encoder.layer.0.output.dense.weight"] = torch.zeros(3, 3)
+    if what == "a list":
+        state["bert.more"] = [1, 2]
     more = dict(relative=dict(position_embedding_type="relative_key"), relu=dict(hidden_act="relu"), roberta=dict(model_type="roberta"),
                 ).get(what, {})
     path = folder("f", state, vocab if what != "no mask" else VOCAB[:4] + ["?"] + VOCAB[5:], kind="safetensors" if what == "cut" else "bin", **more)
@@ -473,6 +476,8 @@ def test_folders_that_are_refused(text, capsys, what, words):
     for name, file in {"no config": "config.json", "no weights": "pytorch_model.bin", "no words": "vocab.txt"}.items():
         if what == name:
             (Path(path) / file).unlink()
+    if what == "no width":
+        (Path(path) / "config.json").write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
     if what == "cut":
         file = Path(path) / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-5])
@@ -817,7 +822,8 @@ def test_defaults():
 @pytest.mark.parametrize("argv, word", [
     ("--alpha 0.5", "--alpha 0.5"), ("--alpha 0", "--alpha 0"), ("--alpha 1", "--alpha 1"), ("--arms up", "up"), ("--heads 3", "--heads 3"),
     ("--times 1", "--times 1"), ("--times 8", "--times 8: 8 positions"), ("--n 7", "--n 7"), ("--stretch-only", "--stretch-only: needs"),
-    ("--bert nowhere --n 8", "--n"), ("--bert nowhere", "--n"), ("--times 7 --n 40", "--data a.txt: 200 tokens")])
+    ("--bert nowhere --n 8", "--n"), ("--bert nowhere", "--n"), ("--times 7 --n 40", "--data a.txt: 200 tokens"),
+    ("--eval-tokens 23", "--eval-tokens 23"), ("--span 23", "--span 23")])
 def test_wrong_flags_are_refused(text, capsys, argv, word):
     try:
         code = hier.main([*TINY, *argv.split()])
@@ -832,6 +838,11 @@ def test_wrong_flags_are_refused(text, capsys, argv, word):
 def test_learning_rate(step):
     want = 2 * [0.25, 0.5, 0.75, 1][min(step, 3)] * (0.5 + 0.5 * math.cos(math.pi * step / 20))
     assert hier.learning_rate(step, 20, 2.0, 4) == pytest.approx(want)
+
+
+def test_tuning_that_goes_astray_is_one_line(text, capsys):
+    assert hier.main([*TINY, "--steps", "1", "--tune-lr", "1e18"]) == 1
+    assert "--tune-lr" in capsys.readouterr().err and state_of()["step"] == 1 and not Path("out/hier_pos_bert/metrics.json").exists()
 
 
 def test_every_window_is_drawn():
