@@ -554,7 +554,7 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
         if way == args.arms[0] and not RANK:
             write_bert(out / f"bert-{length}", plain(arm, length), vocab)
     if args.tune_steps:
-        control = tune(faster(copy.deepcopy(net), args), text, n, args.batch_size, vocab, args)
+        control = tune(copy.deepcopy(net), text, n, args.batch_size, vocab, args)
         metrics["control"] = accuracy(measure(control, n, f"at {n}, as many steps"))
     for name, arms in dict(before=before, after=after).items():
         metrics[name] = {way: accuracy(total) for way, total in arms.items()}
@@ -637,20 +637,13 @@ def build(args: argparse.Namespace, device: torch.device, c: dict, weights: dict
     torch.manual_seed(args.seed)
     net = Bert(c)
     net.load_state_dict(weights, strict=False)  # read_bert has looked at the names
-    return faster(net.to(device), args)
-
-
-def faster(net: Bert, args: argparse.Namespace) -> Bert:
-    """net itself, compiled with --compile; a copy is not any more."""
-    if args.compile:
-        net.compile()
-    return net
+    return net.to(device)
 
 
 def stretched(net: Bert, way: str, args: argparse.Namespace) -> Bert:
     """A copy of net for --times as many positions."""
     g = generator(net.positions.device, args.seed, 0, 3)
-    return faster(stretch(net, way, args.times * len(net.positions), args.alpha, g), args)
+    return stretch(net, way, args.times * len(net.positions), args.alpha, g)
 
 
 def plain(net: Bert, length: int) -> Bert:
@@ -691,10 +684,17 @@ def learn(net: nn.Module, opt: torch.optim.Optimizer, text: Tensor, length: int,
     return value.detach()
 
 
+def for_training(net: Bert, args: argparse.Namespace) -> nn.Module:
+    """net, compiled with --compile, its gradients shared by the ranks; an exam's windows differ in
+    what they ask for, which would compile it again and again."""
+    run = torch.compile(net) if args.compile else net
+    return nn.parallel.DistributedDataParallel(run) if RANKS > 1 else run
+
+
 def tune(net: Bert, text: Tensor, length: int, rows: int, vocab: dict, args: argparse.Namespace
          ) -> Bert:
     """net itself, after --tune-steps on `rows` windows of `length` each; its own Adam."""
-    opt, wrapped = berts_adam(net), parallel(net)
+    opt, wrapped = berts_adam(net), for_training(net, args)
     for step in watch(range(args.tune_steps), args.tune_steps, f"tuning at {length}, step"):
         opt.param_groups[0]["lr"] = learning_rate(step, args.tune_steps, args.tune_lr, args.warmup)
         g = generator(text.device, args.seed, step, 2)
@@ -702,11 +702,6 @@ def tune(net: Bert, text: Tensor, length: int, rows: int, vocab: dict, args: arg
         if step + 1 == args.tune_steps and not loss.isfinite():
             raise FloatingPointError(f"tuning at {length}: loss {loss}; a smaller --tune-lr?")
     return net
-
-
-def parallel(net: Bert) -> nn.Module:
-    """net, or what shares its gradients with the other ranks."""
-    return nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
 
 
 def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
@@ -719,7 +714,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     parts = dict(model=net, opt=opt)
     first = restore(state, parts)
     make_room(args)
-    wrapped = parallel(net)
+    wrapped = for_training(net, args)
     progress = Progress(args, first, sum(p.numel() for p in net.parameters()),
                         args.batch_size * n, "token")
 

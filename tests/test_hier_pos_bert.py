@@ -754,7 +754,7 @@ def test_a_folder_without_a_head_is_trained_and_stretched(text):
     c, state = hier.read_bert("out/hier_pos_bert/bert-18")
     assert c["vocab_size"] == len(VOCAB) and hier.read_vocabulary("out/hier_pos_bert/bert-18")["words"] == VOCAB
     run("--resume", *argv[4:], "--steps", 4)
-    assert state_of()["step"] == 4
+    assert state_of()["step"] == 4 and metrics_of()["tokens_per_second"] * metrics_of()["train_seconds"] == pytest.approx(4 * 6)  # of this run
 
 
 def test_stretch_only(text, capsys):
@@ -887,17 +887,16 @@ def test_learns(text):
     assert m["at_n"] > 0.9 and m["unigram"] < 0.3 and m["after"]["hierarchical"] > 0.6 > m["before"]["hierarchical"]
 
 
-def test_compile_reaches_every_network(text, monkeypatch):
-    """All that is asked for logits is compiled: in training, tuning and evaluation."""
-    compiled, asked = [], []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda net: compiled.append(net))
-    real = hier.by_position
-    monkeypatch.setattr(hier, "by_position", lambda net, *rest: asked.append(net) or real(net, *rest))
-    run(*TINY, "--steps", 2, "--save-every", 1)
-    assert asked and not compiled
-    asked.clear()
-    run(*TINY, "--steps", 2, "--save-every", 1, "--compile", "--out", "b")
-    assert len(asked) == 1 + 1 + 6 + 3 + 1 and all(any(net is other for other in compiled) for net in asked)
+def test_compile_reaches_every_training(text, monkeypatch):
+    """What learns is compiled, the control and each arm too; a look or an exam, with windows of many shapes, is not."""
+    compiled, learnt, real = [], [], hier.learn
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    monkeypatch.setattr(hier, "learn", lambda net, *rest: learnt.append(net) or real(net, *rest))
+    run(*TINY, "--steps", 2)
+    assert learnt and not compiled
+    learnt.clear()
+    run(*TINY, "--steps", 2, "--compile", "--out", "b")
+    assert len(compiled) == 1 + 3 + 1 and len({id(net) for net in learnt}) == 5 and all(any(net is other for other in compiled) for net in learnt)
 
 
 @torch.no_grad()

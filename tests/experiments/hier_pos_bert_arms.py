@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[list[float]]]:
             tuned = hier.tune(long, text, length, max(1, args.batch_size // args.times), vocab, args)
             table.setdefault(name, []).append([before, measure(tuned)])
             print(seed, name, table[name][-1], flush=True)
-        control = hier.tune(hier.faster(copy.deepcopy(net), args), text, n, args.batch_size, vocab, args)
+        control = hier.tune(copy.deepcopy(net), text, n, args.batch_size, vocab, args)
         table.setdefault(f"at {n}", []).append([measure(net, n), measure(control, n)])
     print(f"\n| alpha | at {length}, not tuned | after {args.tune_steps} steps |\n| --- | --- | --- |")
     for name, rows in table.items():
