@@ -18,7 +18,7 @@ Shapes  B texts, L tokens each, T tokens of a text, V words, W width, n position
 
 Run     python hier_pos_bert.py                  # CPU: trains a BERT of bytes at 64, stretches it
         python hier_pos_bert.py --arms hierarchical anchor tile --tune-steps 500
-        python hier_pos_bert.py --bert FOLDER --data FILE --steps 2000 --tune-steps 3000
+        python hier_pos_bert.py --bert FOLDER --data FILE --tune-steps 3000   # the post's own run
         python hier_pos_bert.py --bert FOLDER --stretch-only --times 4   # a BERT of 2048, untuned
         python hier_pos_bert.py --gpu            # one GPU: a larger BERT of bytes
         torchrun --nproc_per_node=8 hier_pos_bert.py --gpu   # the same global batch on eight
@@ -462,9 +462,9 @@ def make_exam(text: Tensor, vocab: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def by_position(net: Bert, exam: tuple, length: int, vocab: dict, batch: int) -> Tensor:
-    """How many tokens of `exam` net tells, and is asked for, at each position: (2, length).
-
-    The text is cut into windows of `length`, [CLS] and [SEP] counted in; `batch` tokens at once.
+    """How many tokens of `exam` net guesses right, and how many it is asked for, at each position:
+    (2, length). The text is cut into windows of `length`, [CLS] and [SEP] counted in; `batch`
+    tokens at once.
     """
     text, inputs, asked = (part.unfold(0, length - 2, length - 2) for part in exam)
     total, k = torch.zeros(2, length, device=text.device), max(1, batch // length)
@@ -480,16 +480,16 @@ def by_position(net: Bert, exam: tuple, length: int, vocab: dict, batch: int) ->
 
 
 def accuracy(total: Tensor) -> float:
-    """The share told of what was asked for, of `by_position`'s counts; nan if that is nothing."""
+    """Right guesses over what was asked for, of `by_position`'s counts; nan if that is nothing."""
     return (total[0].sum() / total[1].sum()).item()
 
 
 @torch.no_grad()
 def far_mentions(net: Bert, text: Tensor, length: int, reach: int, span: int, vocab: dict) -> dict:
     """Whether net looks further than `reach` tokens away: windows of text (T,) in which `span`
-    tokens stand just twice, so far apart. The later ones are masked; the share of them that net
-    tells, with the other mention seen, and with that masked too."""
-    told: dict[str, list[float]] = {"seen": [], "hidden": []}
+    tokens stand just twice, so far apart. The later ones are masked; accuracy on them with the
+    other mention seen, and with that hidden too."""
+    right: dict[str, list[float]] = {"seen": [], "hidden": []}
     for window in text.unfold(0, length - 2, length - 2):
         grams = window.unfold(0, span, 1)  # (T - span + 1, span)
         same = (grams[:, None] == grams).all(-1)
@@ -502,9 +502,9 @@ def far_mentions(net: Bert, text: Tensor, length: int, reach: int, span: int, vo
             at = torch.arange(later + 1, later + 1 + span, device=text.device)  # after [CLS]
             for name, tokens in (("seen", seen), ("hidden", hidden)):
                 guess = net(frame(tokens[None], vocab), at=at).argmax(-1)
-                told[name].append((guess == grams[later]).float().mean().item())
-    shares = {name: sum(values) / max(1, len(values)) for name, values in told.items()}
-    return dict(mentions=len(told["seen"])) | shares
+                right[name].append((guess == grams[later]).float().mean().item())
+    shares = {name: sum(values) / max(1, len(values)) for name, values in right.items()}
+    return dict(mentions=len(right["seen"])) | shares
 
 
 def first_row(p: Tensor) -> dict[str, float]:
@@ -526,6 +526,7 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
     in --arms, beside net tuned as long at n. Says the numbers and returns them; draws them by
     position; writes the first arm as a folder."""
     n, out = len(net.positions), Path(args.out)
+    span = args.span or (6 if vocab["words"] == BYTES else 1)
     length, exam = args.times * n, make_exam(test[:args.eval_tokens].long(), vocab)
     rows = max(1, args.batch_size // (args.times * RANKS)) * RANKS  # so many tokens as in training
 
@@ -540,8 +541,8 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
                    unigram=(exam[0][exam[2]] == common).double().mean().item(),
                    exactness=exactness(net.positions, args.alpha))
     warn_of(metrics["first_row"])
-    say(f"masked tokens told, of {metrics['asked']:,}; the commonest token is right in "
-        f"{100 * metrics['unigram']:.1f} %")
+    say(f"accuracy on {metrics['asked']:,} masked tokens (the commonest token everywhere: "
+        f"{100 * metrics['unigram']:.1f} %)")
     metrics["at_n"] = accuracy(measure(net, n, f"at {n}"))
     before = {way: measure(stretched(net, way, args), length, f"at {length}, not tuned, {way}")
               for way in WAYS}
@@ -550,7 +551,7 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
         arm = tune(stretched(net, way, args), text, length, rows, vocab, args)
         after[way] = measure(arm, length, f"at {length}, {args.tune_steps} steps, {way}")
         with autocast(args):
-            metrics["far_mentions"][way] = far_mentions(arm, exam[0], length, n, args.span, vocab)
+            metrics["far_mentions"][way] = far_mentions(arm, exam[0], length, n, span, vocab)
         if way == args.arms[0] and not RANK:
             write_bert(out / f"bert-{length}", plain(arm, length), vocab)
     if args.tune_steps:
@@ -574,7 +575,7 @@ def draw_accuracy(path: Path, width: int, arms: dict[str, Tensor]) -> dict[str, 
     returns these."""
     rows = {way: [accuracy(part) for part in total.split(width, 1)] for way, total in arms.items()}
     if rows and not RANK:
-        draw_curves(path, f"masked tokens told, %, {path.stem} tuning", "position", {
+        draw_curves(path, f"accuracy on masked tokens, %, {path.stem} tuning", "position", {
             way: ([width * (k + 0.5) for k in range(len(row))], [100 * y for y in row])
             for way, row in rows.items()})
     return rows
@@ -656,6 +657,12 @@ def plain(net: Bert, length: int) -> Bert:
     return net
 
 
+def heights(args: argparse.Namespace) -> tuple[float, float]:
+    """--lr and --tune-lr; for those that are 0, what suits the model: half as much in tuning."""
+    lr = args.lr or (1e-4 if args.bert else 1e-3 if args.gpu else 2e-3)
+    return lr, args.tune_lr or lr / 2
+
+
 def learning_rate(step: int, steps: int, height: float, warmup: int) -> float:
     """Linear warm-up, then a cosine to zero."""
     return height * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -694,9 +701,9 @@ def for_training(net: Bert, args: argparse.Namespace) -> nn.Module:
 def tune(net: Bert, text: Tensor, length: int, rows: int, vocab: dict, args: argparse.Namespace
          ) -> Bert:
     """net itself, after --tune-steps on `rows` windows of `length` each; its own Adam."""
-    opt, wrapped = berts_adam(net), for_training(net, args)
+    opt, wrapped, (_, height) = berts_adam(net), for_training(net, args), heights(args)
     for step in watch(range(args.tune_steps), args.tune_steps, f"tuning at {length}, step"):
-        opt.param_groups[0]["lr"] = learning_rate(step, args.tune_steps, args.tune_lr, args.warmup)
+        opt.param_groups[0]["lr"] = learning_rate(step, args.tune_steps, height, args.warmup)
         g = generator(text.device, args.seed, step, 2)
         loss = learn(wrapped, opt, text, length, rows, g, vocab, args)
         if step + 1 == args.tune_steps and not loss.isfinite():
@@ -714,7 +721,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     parts = dict(model=net, opt=opt)
     first = restore(state, parts)
     make_room(args)
-    wrapped = for_training(net, args)
+    wrapped, (height, _) = for_training(net, args), heights(args)
     progress = Progress(args, first, sum(p.numel() for p in net.parameters()),
                         args.batch_size * n, "token")
 
@@ -723,11 +730,11 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         if not end and not RANK:
             exam = make_exam(valid[:args.eval_tokens].long(), vocab)
             with autocast(args):
-                told = accuracy(by_position(net, exam, n, vocab, args.batch_size * n))
-            say(f"validation {100 * told:.1f} % of the masked tokens")
+                share = accuracy(by_position(net, exam, n, vocab, args.batch_size * n))
+            say(f"validation: accuracy {100 * share:.1f} %")
 
     for step in training(args, first, save):
-        lr = opt.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr, args.warmup)
+        lr = opt.param_groups[0]["lr"] = learning_rate(step, args.steps, height, args.warmup)
         g = generator(device, args.seed, step)
         loss = learn(wrapped, opt, text, n, args.batch_size, g, vocab, args)
         progress.add(step + 1, loss=loss, lr=lr)
@@ -770,7 +777,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         width=      (128,       256,       2, "channels"),
         layers=     (2,         6,         1, "attention and two dense layers each"),
         heads=      (4,                    1, "of attention; an even share of the width each"),
-        lr=         (2e-3,      1e-3,      0, "Adam's learning rate at its height; --bert: 1e-4"),
+        lr=         (0.0,                  0, "Adam's learning rate at its height; 0: 2e-3, with --gpu "
+                     "1e-3, with --bert 1e-4"),
         warmup=     (50,        500,       1, "steps of linear warm-up, in tuning too"),
         clip_grad=  (1.0,                  0, "largest norm of the gradient"),
     )
@@ -782,9 +790,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      f"what is tuned, of {', '.join(WAYS)}; the first is written as a folder"),
         tune_steps= (400,       2000,      0, "steps at the new length, for each of --arms, and at "
                      "n for the control"),
-        tune_lr=    (1e-3,      5e-4,      0, "the learning rate of these; --bert: 5e-5"),
+        tune_lr=    (0.0,                  0, "the learning rate of these; 0: half of the other"),
         eval_tokens=(65_536,    1_048_576, 1, "of the test text that are used"),
-        span=       (6,                    1, "tokens of a far mention; 1 for word pieces"),
+        span=       (0,                    0, "tokens of a far mention; 0: 6 bytes, or a word piece"),
         stretch_only=(False,               None, "train nothing: write --bert or ckpt.pt with more "
                      "positions"),
     )

@@ -733,7 +733,7 @@ def test_a_folder_without_a_head_is_trained_and_stretched(text):
     argv = f"--bert {path} --data w.txt --batch-size 4 --times 3 --tune-steps 2 --eval-tokens 300 --span 1 --warmup 2 --lr 1e-3".split()
     run(*argv, "--steps", 3)
     m, got = metrics_of(), state_of()["model"]
-    assert (m["n"], m["length"]) == (6, 18) and "control" in m and got.keys() == weights().keys()
+    assert (m["n"], m["length"]) == (6, 18) and "control" in m and m["far_mentions"] and got.keys() == weights().keys()
     torch.manual_seed(0)
     fresh = hier.Bert(CONFIG | dict(vocab_size=len(VOCAB))).state_dict()
     pieces = hier.word_pieces(Path("w.txt").read_text(), IDS)
@@ -755,6 +755,15 @@ def test_a_folder_without_a_head_is_trained_and_stretched(text):
     assert c["vocab_size"] == len(VOCAB) and hier.read_vocabulary("out/hier_pos_bert/bert-18")["words"] == VOCAB
     run("--resume", *argv[4:], "--steps", 4)
     assert state_of()["step"] == 4 and metrics_of()["tokens_per_second"] * metrics_of()["train_seconds"] == pytest.approx(4 * 6)  # of this run
+
+
+def test_a_far_mention_is_six_bytes_or_one_word_piece(text, monkeypatch):
+    spans = []
+    monkeypatch.setattr(hier, "far_mentions", lambda net, text, length, reach, span, vocab: spans.append((length, reach, span)) or {})
+    words_text("w.txt")
+    run(*TINY, "--steps", 1, "--span", 0, "--arms", "tile", "--tune-steps", 1)
+    run("--bert", folder("f", weights()), *"--data w.txt --steps 0 --batch-size 4 --times 3 --tune-steps 1 --eval-tokens 300 --arms tile --out b".split())
+    assert spans == [(24, 8, 6), (18, 6, 1)] and metrics_of("b")["step"] == 0
 
 
 def test_stretch_only(text, capsys):
@@ -816,6 +825,8 @@ def test_every_flag_of_the_tables_is_tried():
 def test_defaults():
     args = hier.parse_args([])
     assert (args.alpha, args.n, args.times, args.bert) == (0.4, 64, 4, "") and args.data == "python" and not args.given
+    assert hier.heights(args) == (2e-3, 1e-3) and hier.heights(hier.parse_args(["--gpu"])) == (1e-3, 5e-4)
+    assert hier.heights(hier.parse_args(["--bert", "f"])) == (1e-4, 5e-5) and hier.heights(hier.parse_args(["--lr", "3", "--tune-lr", "5"])) == (3, 5)
     assert hier.parse_args(["--gpu"]).n == 128 and hier.parse_args(["--gpu", "--n", "64"]).n == 64
 
 

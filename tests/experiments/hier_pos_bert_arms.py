@@ -3,7 +3,7 @@
     python tests/experiments/hier_pos_bert_arms.py [--alphas 0.2 0.4 ...] [--seeds 0 1 2] [--figure F.svg] [flags of hier_pos_bert.py]
 
 Beside the alphas: "u = p", (1) with p itself as the base, which gives the first n codes up; the anchor p_2; tiling, and tiling
-with a table of its own rows tied together, which is alpha = 0. Prints the share of masked tokens told at --times n, in per cent,
+with a table of its own rows tied together, which is alpha = 0. Prints accuracy on masked tokens at --times n, in per cent,
 before and after --tune-steps, mean and standard deviation over the seeds; --figure draws both over alpha.
 """
 
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[list[float]]]:
     if opt.figure:
         x = sorted(map(float, opt.alphas))
         means = {float(name): np.mean(table[name], 0) for name in opt.alphas}
-        hier.draw_curves(Path(opt.figure), f"masked tokens told at {length}, %", "alpha", {
+        hier.draw_curves(Path(opt.figure), f"accuracy on masked tokens at {length}, %", "alpha", {
             what: (x, [means[a][k] for a in x]) for k, what in enumerate(["not tuned", f"{args.tune_steps} steps"])})
     return table
 
