@@ -777,8 +777,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         width=      (128,       256,       2, "channels"),
         layers=     (2,         6,         1, "attention and two dense layers each"),
         heads=      (4,                    1, "of attention; an even share of the width each"),
-        lr=         (0.0,                  0, "Adam's learning rate at its height; 0: 2e-3, with --gpu "
-                     "1e-3, with --bert 1e-4"),
+        lr=         (0.0,                  0, "Adam's learning rate at its height; 0: 2e-3, with "
+                     "--gpu 1e-3, with --bert 1e-4"),
         warmup=     (50,        500,       1, "steps of linear warm-up, in tuning too"),
         clip_grad=  (1.0,                  0, "largest norm of the gradient"),
     )

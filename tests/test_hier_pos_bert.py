@@ -845,6 +845,11 @@ def test_wrong_flags_are_refused(text, capsys, argv, word):
     assert not Path("out").exists()
 
 
+def test_one_window_of_text_is_enough(text):
+    run(*TINY, *"--n 40 --times 5 --steps 1 --tune-steps 1 --arms tile".split())  # 200 tokens to test on
+    assert metrics_of()["length"] == 200 and metrics_of()["asked"] == 30
+
+
 @pytest.mark.parametrize("step", [0, 1, 3, 9, 19])
 def test_learning_rate(step):
     want = 2 * [0.25, 0.5, 0.75, 1][min(step, 3)] * (0.5 + 0.5 * math.cos(math.pi * step / 20))
