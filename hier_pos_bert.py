@@ -792,7 +792,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "n for the control"),
         tune_lr=    (0.0,                  0, "the learning rate of these; 0: half of the other"),
         eval_tokens=(65_536,    1_048_576, 1, "of the test text that are used"),
-        span=       (0,                    0, "tokens of a far mention; 0: 6 bytes, or a word piece"),
+        span=       (0,                    0, "tokens of a far mention; 0: 6 bytes, 1 word piece"),
         stretch_only=(False,               None, "train nothing: write --bert or ckpt.pt with more "
                      "positions"),
     )
