@@ -94,10 +94,10 @@ def rho(z: Tensor, h: Tensor) -> Tensor:
 def R(x: Tensor, y: Tensor, hx: Tensor, hy: Tensor) -> Tensor:
     """6409 (8), (B,): holds the critic back: the squared gap of a pair's scores over its distance.
 
-    hx = E(x), hy = E(y). Distances count from 1e-8 up, less than one grey level in one pixel.
+    hx = E(x), hy = E(y). Distances count from 1e-10 up, less than one grey level in one pixel.
     """
     distance = (x - y).square().mean((1, 2, 3))  # departs: mean over pixels, as the author's code
-    return (avg(hx) - avg(hy)).square() / distance.clamp(min=1e-8)  # 6409 (8)
+    return (avg(hx) - avg(hy)).square() / distance.clamp(min=1e-10)  # 6409 (8)
 
 
 def critic_loss(x: Tensor, y: Tensor, z: Tensor, hx: Tensor, hy: Tensor, lambda_1: float,
@@ -137,8 +137,8 @@ def augment(x: Tensor, u: Tensor) -> Tensor:
     x = x + bright
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + (x - mean) * (1 + contrast)
-    size = torch.tensor(x.shape[:1:-1], device=x.device)  # W, H
-    move = ((u[:, 2:] - 0.5) * size / 4).round() * 2 / size  # whole pixels, in grid_sample's units
+    size = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
+    move = ((u[:, 2:] - 0.5) * size / 4).round() * 2 / size  # whole pixels; the width counts as 2
     turn = torch.cat([torch.eye(2, device=x.device).expand(len(x), 2, 2), move[..., None]], 2)
     grid_of = F.affine_grid(turn, x.shape, align_corners=False)
     return F.grid_sample(x, grid_of, "nearest", align_corners=False)
