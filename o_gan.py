@@ -116,15 +116,6 @@ def reconstruct(E: nn.Module, G: nn.Module, x: Tensor, shrink: float = 1.0) -> T
     return G(shrink * normalize(E(x)))  # 6409 (10)
 
 
-def interpolate(G: nn.Module, a: Tensor, b: Tensor, count: int) -> Tensor:
-    """The post's pictures between two: G on the straight line from code a to b, (n_z,) each.
-
-    (count, C, H, W), both ends included; N takes each point back to where codes are.
-    """
-    t = torch.linspace(0, 1, count, dtype=a.dtype, device=a.device)[:, None]
-    return G(normalize((1 - t) * a + t * b))
-
-
 # ---- beyond the post: augmentation, for few pictures (Zhao et al. 2020, DiffAugment) ----
 
 def augment(x: Tensor, u: Tensor) -> Tensor:
@@ -157,49 +148,13 @@ class OGan(nn.Module):
 
 # ---- evaluation ----
 
-@torch.no_grad()
-def apply(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """f(x), 256 rows at a time."""
-    return torch.cat([f(piece) for piece in x.split(256)])
-
-
-def codes(E: nn.Module, x: Tensor) -> Tensor:
-    """E(x) for uint8 pictures x, (n, n_z)."""
-    return apply(lambda piece: E(to_float(piece)), x)
-
-
-def spread(x: Tensor | None, most: int) -> Tensor | None:
-    """At most `most` rows, evenly from the first to the last: what is sorted stays mixed."""
-    return None if x is None else x[::-(-len(x) // most)]
-
-
 def sample(G: nn.Module, count: int, args: argparse.Namespace, device: torch.device
            ) -> tuple[Tensor, Tensor]:
     """z (count, n_z) and G(z), uint8; --samples of them at a time, so any count begins alike."""
     z = torch.cat([torch.randn(min(args.samples, count - first), args.n_z, device=device,
                                generator=generator(device, args.sample_seed, first, 2))
                    for first in range(0, count, args.samples)])
-    return z, apply(lambda z: to_uint8(G(z)), z)
-
-
-def read_labels(E: nn.Module, start: nn.Module, pca: "Pca", n_z: int, again: Tensor, x: Tensor,
-                y: Tensor, x_test: Tensor, y_test: Tensor) -> dict:
-    """What a linear map reads of the labels y, on the test part: R^2 of each, or the accuracy.
-
-    From E(x), from the untrained E, from n_z principal components. Last, what a reconstruction
-    keeps: from pictures x_test and from `again`, their reconstructions, by one map fitted on x.
-    """
-    encoders = dict(E=lambda v: codes(E, v), start=lambda v: codes(start, v),
-                    pca=lambda v: pca.encode(v)[:, :n_z])
-    metrics = {}
-    for name, encode in encoders.items():
-        parts = encode(x), y, encode(x_test), y_test
-        metrics[f"probe_{name}"] = linear_probe(*parts)
-        if not y.is_floating_point():
-            metrics[f"knn_{name}"] = knn_accuracy(*parts)
-    for name, seen in (("pictures", x_test), ("reconstructions", again)):
-        metrics[f"read_off_{name}"] = linear_probe(pca.encode(x), y, pca.encode(seen), y_test)
-    return metrics
+    return z, pictures_of(G, z)
 
 
 @torch.no_grad()
@@ -212,29 +167,26 @@ def report(nets: OGan, fresh: OGan, x: Tensor, x_test: Tensor, y: Tensor | None,
     E, G, out, shape = nets.E, nets.G, Path(args.out), x.shape[1:]
     z, samples = sample(G, max(args.samples, args.judge), args, x.device)
     write_png(out / "samples.png", grid(samples[:args.samples], math.isqrt(args.samples)))
-    metrics = dict(rho=apply(lambda z: rho(z, E(G(z))), z).mean().item())
-    if args.judge:
-        metrics |= judge(samples[:args.judge], x, x_test, args.seed)
-    x, x_test, y, y_test = (spread(part, 10_000) for part in (x, x_test, y, y_test))
-    again = apply(lambda piece: to_uint8(reconstruct(E, G, to_float(piece), args.shrink)), x_test)
-    code, code_test = normalize(codes(E, x)), normalize(codes(E, x_test))
-    pairs = torch.stack([x_test[:32], again[:32]], 1).flatten(0, 1)  # each with its own at its side
-    write_png(out / "reconstructions.png", grid(pairs, 8))
-    rows = []
-    for k in range(0, min(12, len(x_test) - 1), 2):
-        between = to_uint8(interpolate(G, code_test[k], code_test[k + 1], 8))
-        rows += [x_test[k:k + 1], between, x_test[k + 1:k + 2]]
-    write_png(out / "interpolation.png", grid(torch.cat(rows), 10))
-    few, near = x_test[:12], torch.cdist(code_test[:12], code).argsort(1)[:, :3]
-    write_png(out / "nearest.png", grid(torch.cat([few, *(x[k] for k in near.T)]), len(few)))
+    metrics = judge(samples[:args.judge], x, x_test, args.seed) if args.judge else {}
+
+    x, x_test, y, y_test = (evenly(part, 10_000) for part in (x, x_test, y, y_test))
+    draw_figures(lambda z: G(args.shrink * normalize(z)), lambda x: normalize(E(x)), x, x_test, out)
+    again = pictures_of(lambda x: reconstruct(E, G, to_float(x), args.shrink), x_test)
+    code, code_test = codes_of(E, x), codes_of(E, x_test)
     pca = Pca(x, max(50, args.n_z))
-    few_numbers = pca.encode(x_test)[:, :args.n_z]
+    seen, seen_test, seen_again = (pca.encode(part) for part in (x, x_test, again))
     metrics |= dict(
-        rho_held_out=rho(code_test, codes(E, again)).mean().item(), psnr=psnr(x_test, again),
-        psnr_pca=psnr(x_test, pca.decode(few_numbers, shape)),
-        psnr_mean=psnr(x_test, pca.decode(few_numbers[:, :0], shape)))
+        rho=by_batches(lambda z: rho(z, E(G(z))), z).mean().item(),
+        rho_held_out=rho(code_test, codes_of(E, again)).mean().item(), psnr=psnr(x_test, again),
+        psnr_pca=psnr(x_test, pca.decode(seen_test[:, :args.n_z], shape)),
+        psnr_mean=psnr(x_test, pca.decode(seen_test[:, :0], shape)))
     if y is not None:
-        metrics |= read_labels(E, fresh.E, pca, args.n_z, again, x, y, x_test, y_test)
+        metrics |= probes(dict(
+            E=(code, code_test), start=(codes_of(fresh.E, x), codes_of(fresh.E, x_test)),
+            pca=(seen[:, :args.n_z], seen_test[:, :args.n_z])), y, y_test)
+        # what a reconstruction keeps: read off it by a map that was fitted on pictures
+        metrics |= dict(read_off_pictures=linear_probe(seen, y, seen_test, y_test),
+                        read_off_reconstructions=linear_probe(seen, y, seen_again, y_test))
     return metrics
 
 
@@ -1162,6 +1114,61 @@ def gradient(x: Tensor) -> float:
 
 
 # === shared: codes ===
+@torch.no_grad()
+def by_batches(f: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+    """f(rows), 256 of them at a time."""
+    return torch.cat([f(*batch) for batch in zip(*(each.split(256) for each in rows))])
+
+
+def codes_of(E: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """E of uint8 pictures, (N, n_z)."""
+    return by_batches(lambda x: E(to_float(x)), x)
+
+
+def pictures_of(G: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """G of codes, uint8 (N, C, H, W)."""
+    return by_batches(lambda z: to_uint8(G(z)), z)
+
+
+def evenly(rows: Tensor | None, most: int) -> Tensor | None:
+    """At most so many rows, from first to last: what is sorted stays mixed."""
+    return None if rows is None else rows[::-(-len(rows) // most)]
+
+
+def draw_figures(G: Callable[[Tensor], Tensor], E: Callable[[Tensor], Tensor], x: Tensor,
+                 x_test: Tensor, out: Path) -> None:
+    """Three figures of held-out pictures x_test, uint8 as x, those trained on.
+
+    reconstructions.png: each, and beside it what G makes of its code. interpolation.png: in each
+    row from one to another, G on the straight line between their codes. nearest.png: below each the
+    three of x whose codes are nearest to its own.
+    """
+    few = x_test[:32]
+    z, known = codes_of(E, few), codes_of(E, x)
+    beside = torch.stack([few, pictures_of(G, z)], 1).flatten(0, 1)
+    write_png(out / "reconstructions.png", grid(beside, 8))
+    share, strip = torch.linspace(0, 1, 8, device=z.device)[:, None], []
+    for k in range(0, min(12, len(few) - 1), 2):
+        between = pictures_of(G, torch.lerp(z[k], z[k + 1], share))
+        strip += [few[k:k + 1], between, few[k + 1:k + 2]]
+    write_png(out / "interpolation.png", grid(torch.cat(strip or [few]), 10))
+    order = torch.cdist(z[:12], known).argsort(1)[:, :3]
+    write_png(out / "nearest.png", grid(torch.cat([few[:12], *x[order.T]]), len(order)))
+
+
+def probes(codes: dict[str, tuple[Tensor, Tensor]], y: Tensor, y_test: Tensor) -> dict:
+    """What is read off codes, each (of training, of held-out pictures), by a map fitted to y.
+
+    probe_...: a linear map; R^2 of each attribute, or [accuracy]. knn_...: five neighbours.
+    """
+    found = {f"probe_{name}": linear_probe(z, y, z_test, y_test)
+             for name, (z, z_test) in codes.items()}
+    if not y.is_floating_point():
+        found |= {f"knn_{name}": knn_accuracy(z, y, z_test, y_test)
+                  for name, (z, z_test) in codes.items()}
+    return found
+
+
 def psnr(x: Tensor, y: Tensor) -> float:
     """Peak signal-to-noise ratio of uint8 pictures in dB, from the mean square over all of them."""
     squares = sum((a.double() - b.double()).square().sum().item()
