@@ -225,11 +225,6 @@ def optimizer(nets: OGan, args: argparse.Namespace) -> torch.optim.Optimizer:
     return torch.optim.Adam(nets.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Constant as the author's, or with --decay a cosine to zero."""
-    return args.lr * (1 + math.cos(math.pi * step / args.steps)) / 2 if args.decay else args.lr
-
-
 def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
     """The whole run: data, loop, checkpoints, pictures, metrics.json."""
     pool, held_out, labels, held_out_labels = load_data(args, device, state)
@@ -259,7 +254,6 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         g = generator(device, args.seed, step)
         z = mine(torch.randn(args.batch_size, args.n_z, generator=g, device=device))
         x = to_float(pool[mine(batch_rows(len(pool), step, args.batch_size, args.seed, device))])
-        opt.param_groups[0]["lr"] = learning_rate(step, args)
         with autocast(args):
             y = nets.G(z)
             if args.augment:
@@ -313,8 +307,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           128,          8, "pixels, if the data have any size"),
-        steps=      (7000,      20_000,       470_000,      1, "in all, resumed ones included"),
-        batch_size= (32,        64,                         1, "global, over all processes"),
+        steps=      (12_000,    20_000,       470_000,      1, "in all, resumed ones included"),
+        batch_size= (16,        64,                         1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         n_z=        (8,         8,            128,          3, "numbers in a code"),
         lambda_1=   (0.25,                                  0, "of R, with the mean over pixels"),
@@ -323,15 +317,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "as many at each further one"),
         kernel=     (4,         4,            5,            4, "side of the convolutions: 4 or 5"),
         optimizer=  ("adam",    "adam",       "rmsprop",    ("adam", "rmsprop"), "of both players"),
-        lr=         (1e-3,      5e-4,         1e-4,         0, "the optimiser's learning rate"),
-        decay=      (True,      True,         False,        None, "cosine of the rate to zero"),
+        lr=         (1e-3,      5e-4,         1e-4,         0, "the optimiser's rate, constant"),
         augment=    (False,                                 None, "E sees pictures moved, brighter "
                      "or darker, real and fake: if there are less than about 5,000"),
-        ema=        (0.995,     0.999,                      0, "decay of the average that draws"),
+        ema=        (0.999,                                 0, "decay of the average that draws"),
     )
     others = dict(
         paper=      (False,                                 None, "the author's set-up, whole"),
-        save_every= (1000,      2000,         10_000,       1, "steps between checkpoints"),
+        save_every= (2000,      2000,         10_000,       1, "steps between checkpoints"),
         samples=    (64,                                    1, "pictures in a grid"),
         sample_seed=(0,                                     0, "of the pictures drawn"),
         judge=      (1000,                                  0, "samples for Frechet's distance, "

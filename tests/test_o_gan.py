@@ -422,10 +422,10 @@ def networks(flags, weights, shape=(3, 12, 12)):
 
 
 @pytest.mark.parametrize("flags", [
-    "--lr 0.01 --ema 0.4 --lambda-1 0.4 --lambda-2 0.9", "--lr 0.01 --ema 0.05 --no-decay --optimizer rmsprop --kernel 5 --seed 3",
+    "--lr 0.01 --ema 0.4 --lambda-1 0.4 --lambda-2 0.9", "--lr 0.01 --ema 0.05 --optimizer rmsprop --kernel 5 --seed 3",
     "--lr 0.02 --augment --lambda-2 0"])
 def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
-    """Order, z, augmentation, losses, both players at once, optimiser, cosine, BatchNorm's buffers and average by plain code."""
+    """Order, z, augmentation, losses, both players at once, optimiser, BatchNorm's buffers and average by plain code."""
     flags += " --batch-size 12"  # the fifth batch reaches into the second epoch
     state, _ = main(f"{flags} --steps 5")
     args = o_gan.parse_args([*TINY.split(), *flags.split()])
@@ -454,7 +454,6 @@ def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
         for value, player in ((for_E, "E."), (for_G, "G.")):
             names = [name for name in params if name.startswith(player)]
             grads |= dict(zip(names, torch.autograd.grad(value, [params[name] for name in names], retain_graph=True)))
-        lr = args.lr * (0.5 + 0.5 * math.cos(math.pi * step / 5) if args.decay else 1)
         decay = min(args.ema, (1 + step) / (10 + step))
         for name, p in params.items():
             if args.optimizer == "adam":
@@ -464,7 +463,7 @@ def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
             else:
                 v[name] = 0.99 * v[name] + 0.01 * grads[name] ** 2
                 way = grads[name] / (v[name].sqrt() + 1e-7)
-            p.data -= lr * way
+            p.data -= args.lr * way
         for name in ema:
             ema[name] = decay * ema[name] + (1 - decay) * tracked[name]
     assert sum("running" in name for name in ema) == 6
@@ -484,9 +483,9 @@ def test_two_ranks_are_one_and_a_resumed_run_is_whole_with_batchnorm_in_both_pla
     for part in ("model", "ema"):
         for name, p in one[part].items():
             torch.testing.assert_close(two[part][name], p, rtol=1e-3, atol=1e-5, msg=name)
-    assert o_gan.main(["--data", "a.npy", *TINY.split(), "--lr", "0.01", "--augment", "--no-decay", "--steps", "2", "--out", "cut"]) == 0
+    assert o_gan.main(["--data", "a.npy", *TINY.split(), "--lr", "0.01", "--augment", "--steps", "2", "--out", "cut"]) == 0
     assert o_gan.main(["--resume", "--out", "cut", "--steps", "4"]) == 0
-    whole, cut = main(f"{flags} --no-decay", "whole")[0], torch.load("cut/ckpt.pt", weights_only=True)
+    whole, cut = one, torch.load("cut/ckpt.pt", weights_only=True)
     for part in ("model", "ema"):
         assert all(torch.equal(p, cut[part][name]) for name, p in whole[part].items())
     for k, moments in whole["opt"]["state"].items():
@@ -682,7 +681,7 @@ SAME = ("weights", "samples", "reconstructions", "metrics")
     ("--ema 0.05", ["samples", "reconstructions", "metrics"]),
     *[(flag, SAME) for flag in (
         "--seed 1", "--batch-size 8", "--n-z 6", "--lambda-1 3", "--lambda-2 0", "--width 5", "--kernel 5", "--lr 0.03",
-        "--optimizer rmsprop", "--no-decay", "--augment", "--steps 4")]])
+        "--optimizer rmsprop", "--augment", "--steps 4")]])
 def test_every_flag_matters_where_it_should(pictures, flag, changed):
     """Beside the same run without it; `weights` are those that train."""
     both = []
@@ -716,17 +715,10 @@ def test_pictures_too_small_to_halve_are_refused(capsys):
     assert "4 px" in capsys.readouterr().err and not Path("out").exists()
 
 
-def test_learning_rate_written_out():
-    args = o_gan.parse_args("--lr 3 --steps 8".split())
-    assert [o_gan.learning_rate(k, args) for k in range(8)] == pytest.approx(
-        [3 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)])
-    assert o_gan.learning_rate(5, o_gan.parse_args("--lr 3 --steps 8 --no-decay".split())) == 3
-
-
 def test_paper_is_the_authors_script():
     """o_gan_celeba.py: 128 px, 128 numbers, batches of 64, channels 64 to 1024, 5 x 5, RMSprop(1e-4, 0.99), lambdas."""
     args = o_gan.parse_args(["--paper", "--gpu"])
-    want = dict(size=128, n_z=128, batch_size=64, width=64, kernel=5, optimizer="rmsprop", lr=1e-4, decay=False, lambda_1=0.25,
+    want = dict(size=128, n_z=128, batch_size=64, width=64, kernel=5, optimizer="rmsprop", lr=1e-4, lambda_1=0.25,
                 lambda_2=0.5, augment=False, ema=0.999)
     assert {name: getattr(args, name) for name in want} == want
     with torch.device("meta"):

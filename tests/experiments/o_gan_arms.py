@@ -90,7 +90,6 @@ def autoencoder(argv: list[str]) -> dict:
     nets, ema, fresh = (o_gan.build(args, pool.shape[1:], cpu) for _ in range(3))
     opt, begin = o_gan.optimizer(nets, args), time.perf_counter()
     for step in range(args.steps):
-        opt.param_groups[0]["lr"] = o_gan.learning_rate(step, args)
         x = o_gan.to_float(pool[o_gan.batch_rows(len(pool), step, args.batch_size, args.seed, cpu)])
         (x - o_gan.reconstruct(nets.E, nets.G, x)).square().mean().backward()
         opt.step()
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0], usage=__doc__, allow_abbrev=False)
     p.add_argument("--seeds", nargs="+", type=int, default=[0])
     p.add_argument("--arms", nargs="+", choices=[*ARMS, "autoencoder"], default=[*ARMS, "autoencoder"])
-    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=3000)
     p.add_argument("--pictures", type=int, help="train on the first N only (default: on all)")
     opt, rest = p.parse_known_args(argv)
 
