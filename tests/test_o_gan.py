@@ -713,6 +713,16 @@ def test_pictures_too_small_to_halve_are_refused(capsys):
     np.save("a.npy", np.zeros((20, 3, 9), np.uint8))
     assert o_gan.main(["--data", "a.npy"]) == 2
     assert "4 px" in capsys.readouterr().err and not Path("out").exists()
+    np.save("a.npy", np.random.default_rng(0).integers(0, 256, (20, 4, 9), dtype=np.uint8))
+    main("--steps 1")
+
+
+@pytest.mark.parametrize("n_z, components", [(5, 50), (60, 60)])
+def test_pca_has_50_components_and_no_fewer_than_a_code(pictures, monkeypatch, n_z, components):
+    asked, pca = [], o_gan.Pca
+    monkeypatch.setattr(o_gan, "Pca", lambda x, k: asked.append(k) or pca(x, k))
+    main(f"--steps 1 --n-z {n_z}")
+    assert asked == [components]
 
 
 def test_paper_is_the_authors_script():
