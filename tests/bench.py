@@ -6,6 +6,7 @@
     python tests/bench.py hier_pos_bert --peer transformers --threads 1
     python tests/bench.py transformer_vq --peer vector-quantize-pytorch --threads 1
     python tests/bench.py o_gan --threads 1
+    python tests/bench.py nvae --threads 1
     python tests/bench.py ddpm --gpu --compile
 
 A line of JSON for each thing timed: the median of seconds over --repeats, the smallest and the largest,
@@ -412,6 +413,42 @@ def cases_hier_pos_bert(opt: argparse.Namespace) -> Iterator[Case]:
                 adam.zero_grad()
             return step
         yield f"training step, {length} tokens", batch * length, {who: trainer(net) for who, net in nets.items()}
+
+
+def cases_nvae(opt: argparse.Namespace) -> Iterator[Case]:
+    """The bare run's net (with --gpu, that run's): a training step, also with cells computed twice (--forget), and drawing."""
+    import nvae
+
+    args = nvae.parse_args(["--gpu"] if opt.gpu else [])
+    device, batch = torch.device("cuda" if opt.gpu else "cpu"), opt.batch or args.batch_size
+    y = torch.randint(2 ** args.bits, (batch, 3, args.size, args.size), dtype=torch.uint8, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
+    steps, g = {}, torch.Generator(device)
+    for who in ("ours", "cells computed twice"):
+        args.forget = who != "ours"
+        net = nvae.build(args, 3, args.size, device)
+        net.floor.fill_(args.floor)
+        if opt.compile:
+            net.compile()
+        adamax = torch.optim.Adamax(net.parameters(), lr=1e-3, eps=1e-3, weight_decay=3e-4)
+
+        def step(net=net, adamax=adamax) -> None:
+            with autocast:
+                law, moments = net(y, net.noise(batch, g))
+            kls = nvae.kl_terms(moments)
+            value = nvae.loss(law.log_prob(y), kls, torch.ones_like(kls[:, 0])).mean()
+            (value + args.penalty * nvae.penalty(net, 4)).backward()
+            adamax.step()
+            adamax.zero_grad()
+        steps[who] = step
+    yield "training step, with the penalty", batch, steps
+    net.eval()
+
+    @torch.no_grad()
+    def draw() -> None:
+        with autocast:
+            net.generate(net.noise(64, g), 1.0).mean()
+    yield "drawing", 64, {"ours": draw}
 
 
 def measure(opt: argparse.Namespace, what: str, items: int, arms: dict[str, Callable[[], object]]) -> None:

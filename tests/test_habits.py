@@ -27,6 +27,8 @@ from processes import LIMIT
 SHORT = {  # a run of half a second on what `folder` writes
     "ddpm": "--data pictures.npy --width 8 --mults 1,2 --attention 1 --blocks 1 --T 21 --batch-size 4 --samples 4 "
             "--sample-steps 2 --test-images 2 --judge 6 --warmup 2",
+    "nvae": "--data pictures.npy --width 8 --groups 1 --min-groups 1 --latent 2 --expand 1 --batch-size 4 --samples 4 "
+            "--bn-batches 1 --test-images 2 --importance 1 --judge 6",
     "o_gan": "--data pictures.npy --width 4 --n-z 4 --batch-size 4 --samples 4 --judge 6",
     "rope": "--data text.txt --width 16 --layers 1 --heads 2 --context 16 --batch-size 4 --eval-bytes 256 --length 6 "
             "--samples 2 --warmup 2",
@@ -38,6 +40,7 @@ SHORT = {  # a run of half a second on what `folder` writes
 }
 ALONE = {  # with its own data: what keeps a run of two steps short
     "ddpm": "--size 8 --width 8 --samples 4 --sample-steps 2 --test-images 10 --judge 6",
+    "nvae": "--size 8 --width 8 --samples 4 --bn-batches 2 --test-images 10 --judge 6",
     "o_gan": "--size 8 --width 4 --samples 4 --judge 6",
     "rope": "--eval-bytes 4096 --length 20 --width 16 --layers 1",
     "hier_pos_bert": "--n 16 --width 16 --layers 1 --eval-tokens 4096 --tune-steps 1",
@@ -46,6 +49,7 @@ ALONE = {  # with its own data: what keeps a run of two steps short
 }
 DRAWS = {  # what a run draws, and the same drawn again from its checkpoint
     "ddpm": ("--sample-only 4", "samples.png", "samples_only.png"),
+    "nvae": ("--sample-only 4", "samples.png", "samples_only.png"),
     "o_gan": ("--sample-only 4", "samples.png", "samples_only.png"),
     "rope": ("--sample-only 2", "samples.txt", "samples_only.txt"),
     "transformer_vq": ("--sample-only 2", "samples.txt", "samples_only.txt"),
