@@ -7,6 +7,7 @@
     python tests/bench.py transformer_vq --peer vector-quantize-pytorch --threads 1
     python tests/bench.py o_gan --threads 1
     python tests/bench.py nvae --threads 1
+    python tests/bench.py bigan_qp --threads 1
     python tests/bench.py ddpm --gpu --compile
 
 A line of JSON for each thing timed: the median of seconds over --repeats, the smallest and the largest,
@@ -449,6 +450,55 @@ def cases_nvae(opt: argparse.Namespace) -> Iterator[Case]:
         with autocast:
             net.generate(net.noise(64, g), 1.0).mean()
     yield "drawing", 64, {"ours": draw}
+
+
+def cases_bigan_qp(opt: argparse.Namespace) -> Iterator[Case]:
+    """A whole update of the bare run's nets (with --gpu: of --paper's): T, then G and E, data ready.
+
+    Beside it a DCGAN's update with the same G and an Encoder of one number for its critic: two nets instead of three, and
+    nothing is encoded.
+    """
+    import bigan_qp as bq
+    import torch.nn.functional as F
+
+    args = bq.parse_args(["--gpu", "--paper"] if opt.gpu else [])
+    batch, shape = opt.batch or args.batch_size, (3, args.size, args.size)
+    device = torch.device("cuda" if opt.gpu else "cpu")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
+    nets = bq.build(args, shape, device)
+    T, G, E = nets["T"], nets["G"], nets["E"]
+    plain = bq.build(args, shape, device)["G"]
+    D = bq.Encoder(shape, args.width, 1, args.kernel).to(device, memory_format=torch.channels_last)
+    if opt.compile:
+        for net in (T, G, E, plain, D):
+            net.compile()
+    x, z = torch.rand(batch, *shape, device=device) * 2 - 1, torch.randn(batch, args.n_z, device=device)
+    params = [list(T.parameters()), [*G.parameters(), *E.parameters()], list(D.parameters()), list(plain.parameters())]
+    adams = [torch.optim.Adam(p, lr=2e-4, betas=(0.5, 0.999), fused=True) for p in params]
+
+    def ours() -> None:
+        for _ in range(args.critic_steps):
+            with torch.no_grad(), autocast:
+                z_r, x_f = E(x), G(z)
+            with autocast:
+                real, fake = T(x, z_r), T(x_f, z)
+            d = bq.distance(x, z_r, x_f, z)
+            bq.player_step(bq.qp_critic_loss(real, fake, d, args.lam), adams[0], params[0])
+        with autocast:
+            loss, _, _ = bq.bigan_loss(T, G, E, x, z, args.beta1, args.beta2)
+        bq.player_step(loss, adams[1], params[1])
+
+    def dcgan() -> None:
+        for _ in range(args.critic_steps):
+            with torch.no_grad(), autocast:
+                fake = plain(z)
+            with autocast:
+                loss = F.softplus(-D(x)) + F.softplus(D(fake))
+            bq.player_step(loss, adams[2], params[2])
+        with autocast:
+            loss = F.softplus(-D(plain(z)))
+        bq.player_step(loss, adams[3], params[3])
+    yield "a whole update", batch, {"ours": ours, "DCGAN": dcgan}
 
 
 def measure(opt: argparse.Namespace, what: str, items: int, arms: dict[str, Callable[[], object]]) -> None:

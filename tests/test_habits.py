@@ -25,6 +25,8 @@ from pages import ROOT, SCRIPTS
 from processes import LIMIT
 
 SHORT = {  # a run of half a second on what `folder` writes
+    "bigan_qp": "--data pictures.npy --width 4 --n-z 2 --features 4 --hidden 4 --batch-size 4 --samples 4 --test-images 2 "
+                "--judge 6",
     "ddpm": "--data pictures.npy --width 8 --mults 1,2 --attention 1 --blocks 1 --T 21 --batch-size 4 --samples 4 "
             "--sample-steps 2 --test-images 2 --judge 6 --warmup 2",
     "nvae": "--data pictures.npy --width 8 --groups 1 --min-groups 1 --latent 2 --expand 1 --batch-size 4 --samples 4 "
@@ -39,6 +41,7 @@ SHORT = {  # a run of half a second on what `folder` writes
     "w2v_svd": "--data text.txt --model skipgram --min-count 1 --dim 4 --window 2 --batch-size 64 --shared-negatives 8",
 }
 ALONE = {  # with its own data: what keeps a run of two steps short
+    "bigan_qp": "--size 8 --width 4 --samples 4 --test-images 10 --judge 6",
     "ddpm": "--size 8 --width 8 --samples 4 --sample-steps 2 --test-images 10 --judge 6",
     "nvae": "--size 8 --width 8 --samples 4 --bn-batches 2 --test-images 10 --judge 6",
     "o_gan": "--size 8 --width 4 --samples 4 --judge 6",
@@ -48,6 +51,7 @@ ALONE = {  # with its own data: what keeps a run of two steps short
     "w2v_svd": "--model skipgram --dim 4 --vocabulary 500",
 }
 DRAWS = {  # what a run draws, and the same drawn again from its checkpoint
+    "bigan_qp": ("--sample-only 4", "samples.png", "samples_only.png"),
     "ddpm": ("--sample-only 4", "samples.png", "samples_only.png"),
     "nvae": ("--sample-only 4", "samples.png", "samples_only.png"),
     "o_gan": ("--sample-only 4", "samples.png", "samples_only.png"),
