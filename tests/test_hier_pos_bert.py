@@ -363,6 +363,7 @@ def pieces(text, lower=True):
 @pytest.mark.parametrize("text", TABLE)
 def test_word_pieces(text):
     assert pieces(text) == TABLE[text].split()
+    assert hier.word_pieces(text, IDS) == hier.word_pieces(text, IDS, True)
 
 
 def test_word_pieces_of_a_cased_vocabulary():
