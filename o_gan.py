@@ -128,11 +128,13 @@ def augment(x: Tensor, u: Tensor) -> Tensor:
     x = x + bright
     mean = x.mean((1, 2, 3), keepdim=True)
     x = mean + (x - mean) * (1 + contrast)
-    size = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
-    move = ((u[:, 2:] - 0.5) * size / 4).round() * 2 / size  # whole pixels; the width counts as 2
-    turn = torch.cat([torch.eye(2, device=x.device).expand(len(x), 2, 2), move[..., None]], 2)
-    grid_of = F.affine_grid(turn, x.shape, align_corners=False)
-    return F.grid_sample(x, grid_of, "nearest", align_corners=False)
+    height, width = x.shape[2:]
+    view = x.new_zeros(len(x), 2, 3)  # for grid_sample, to which height and width are 2
+    view[:, 0, 0] = view[:, 1, 1] = 1
+    view[:, 0, 2] = ((u[:, 2] - 0.5) * width / 4).round() * 2 / width  # whole pixels
+    view[:, 1, 2] = ((u[:, 3] - 0.5) * height / 4).round() * 2 / height
+    places = F.affine_grid(view, x.shape, align_corners=False)
+    return F.grid_sample(x, places, "nearest", align_corners=False)
 
 
 # ---- model ----
@@ -170,6 +172,7 @@ def report(nets: OGan, fresh: OGan, x: Tensor, x_test: Tensor, y: Tensor | None,
     metrics = judge(samples[:args.judge], x, x_test, args.seed) if args.judge else {}
 
     x, x_test, y, y_test = (evenly(part, 10_000) for part in (x, x_test, y, y_test))
+    # by (10): a point between two codes goes through N as they do
     draw_figures(lambda z: G(args.shrink * normalize(z)), lambda x: normalize(E(x)), x, x_test, out)
     again = pictures_of(lambda x: reconstruct(E, G, to_float(x), args.shrink), x_test)
     code, code_test = codes_of(E, x), codes_of(E, x_test)
