@@ -4,6 +4,7 @@ import argparse
 import ast
 import functools
 import importlib
+import json
 import math
 import re
 import runpy
@@ -468,3 +469,35 @@ def test_the_strip_shows_faces_blocks_codes_and_words(tmp_path):
     assert len({tuple(row.flatten().tolist()) for row in codes.unbind(1)}) == len(ids.unique()) > 1
     assert torch.equal((tile(squares[2], 1, 0, 64).amin(0) < 100).int().argmax(1), ids)
     assert (squares[3].amin(0) < 255).any() and (squares[3].amax(0) - squares[3].amin(0) > 50).any()
+
+
+def test_four_faces_runs_each_and_shows_what_it_found(tmp_path, monkeypatch, capsys):
+    """Two short runs of each: the table has the means of what metrics.json says, the picture a row of samples of each."""
+    import numpy as np
+    import torch
+    import test_habits
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    test_habits.folder()
+    four = runpy.run_path(str(ROOT / "tests/experiments/four_faces.py"))
+    own = [part for name in four["SCRIPTS"] for part in ("--set", name, f"{test_habits.SHORT[name]} --samples 64")]
+    flags = "--data pictures.npy --judge 6 --probe 2 --seconds 1e-9 --seeds 3 4 --out four --to four.png".split()
+    runs = four["main"]([*flags, *own])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("|") for line in lines if line.startswith(tuple(f"| {name} |" for name in four["SCRIPTS"]))]
+    assert [row[1].strip() for row in rows] == list(runs) == four["SCRIPTS"]
+    for row in rows:
+        name = row[1].strip()
+        found = [json.loads(Path(f"four/{name}.{seed}/metrics.json").read_text()) for seed in (3, 4)]
+        assert found == runs[name] and {m["seed"] for m in found} == {3, 4} and {m["step"] for m in found} == {int(row[2])} == {2}
+        for cell, key in zip(row[3:8], (*four["COLUMNS"], "train_seconds")):
+            mean, low, high = map(float, re.findall(r"[\d.e+-]+", cell))
+            values = [m[key] for m in found]
+            assert [mean, low, high] == pytest.approx([np.mean(values), min(values), max(values)], rel=0.01), key
+    picture = runpy.run_path(str(ROOT / "tests/experiments/strip.py"))["read_png"](Path("four.png"))
+    height = picture.shape[1] // 4
+    for k, name in enumerate(four["SCRIPTS"]):
+        sheet = runpy.run_path(str(ROOT / "tests/experiments/strip.py"))["read_png"](Path(f"four/{name}.3/samples.png"))
+        assert torch.equal(picture[:, k * height:(k + 1) * height], sheet.expand(3, -1, -1)[:, :height])
+    with pytest.raises(SystemExit):
+        four["main"](flags)  # the folder is there
