@@ -18,7 +18,8 @@ Shapes  B texts, L tokens each, T tokens of a text, V words, W width, n position
 
 Run     python hier_pos_bert.py                  # CPU: trains a BERT of bytes at 64, stretches it
         python hier_pos_bert.py --arms hierarchical anchor tile --tune-steps 500
-        python hier_pos_bert.py --bert FOLDER --data FILE --tune-steps 3000   # the post's own run
+        python hier_pos_bert.py --bert FOLDER --data FILE --steps 0 --times 3 --tune-steps 3000
+                                # the post's run: a BERT with its head, at 1536 positions
         python hier_pos_bert.py --bert FOLDER --stretch-only --times 4   # a BERT of 2048, untuned
         python hier_pos_bert.py --gpu            # one GPU: a larger BERT of bytes
         torchrun --nproc_per_node=8 hier_pos_bert.py --gpu   # the same global batch on eight
@@ -110,7 +111,7 @@ def materialize(p: Tensor, alpha: float, length: int, anchor: int = 0) -> Tensor
 
 # ---- beyond the post: other ways to more positions ----
 
-WAYS = ("hierarchical", "anchor", "tile", "interpolate", "last", "random")
+WAYS = ("hierarchical", "tile", "random", "anchor", "interpolate", "last")
 
 
 def other_positions(p: Tensor, way: str, length: int, g: torch.Generator) -> Tensor:
@@ -664,12 +665,15 @@ def heights(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def learning_rate(step: int, steps: int, height: float, warmup: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Linear warm-up, then a cosine to zero; departs: BERT's rate falls by a line."""
     return height * min(1, (step + 1) / warmup) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def berts_adam(net: nn.Module) -> torch.optim.Optimizer:
-    """Adam, with BERT's eps: the gradient of a key's bias is rounding, and should move nothing."""
+    """Adam, with BERT's eps: the gradient of a key's bias is rounding, and should move nothing.
+
+    departs: beta_2 is .98 for .999, and there is no weight decay.
+    """
     return torch.optim.Adam(net.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
@@ -721,6 +725,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     parts = dict(model=net, opt=opt)
     first = restore(state, parts)
     make_room(args)
+    if args.bert and not any(name.startswith("cls.") for name in weights):
+        say(f"{args.bert} has no head for masked tokens: a new one learns in the --steps at {n}")
     wrapped, (height, _) = for_training(net, args), heights(args)
     progress = Progress(args, first, sum(p.numel() for p in net.parameters()),
                         args.batch_size * n, "token")
@@ -773,7 +779,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         seed=       (0,                    0, "of weights, noise and order"),
         bert=       ("",                   None, "a Hugging Face folder to start from, and its "
                      "words; without, a small BERT of bytes"),
-        n=          (64,        128,       8, "positions trained, [CLS] and [SEP] among them"),
+        n=          (64,        128,       8, "positions trained, without --bert; [CLS] and "
+                     "[SEP] are among them"),
         width=      (128,       256,       2, "channels"),
         layers=     (2,         6,         1, "attention and two dense layers each"),
         heads=      (4,                    1, "of attention; an even share of the width each"),
@@ -785,9 +792,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     others = dict(
         save_every= (1000,                 1, "steps between checkpoints, with a validation"),
         alpha=      (0.4,                  0, "of 7947 (1), in (0, 1) but not 0.5"),
-        times=      (4,                    2, "as many positions as before"),
+        times=      (4,                    2, "how many times as many positions"),
         arms=       (["hierarchical", "tile", "random"], None,
-                     f"what is tuned, of {', '.join(WAYS)}; the first is written as a folder"),
+                     f"what is tuned, of {' '.join(WAYS)}; the first is written as a folder"),
         tune_steps= (400,       2000,      0, "steps at the new length, for each of --arms, and at "
                      "n for the control"),
         tune_lr=    (0.0,                  0, "the learning rate of these; 0: half of the other"),
