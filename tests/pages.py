@@ -18,7 +18,7 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ALL = "nvae bigan_qp o_gan ddpm rope hier_pos_bert transformer_vq w2v_svd".split()
+ALL = "ddpm nvae o_gan bigan_qp rope hier_pos_bert transformer_vq w2v_svd".split()
 SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").exists()]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^# === shared: (\w+) ===\n(.*?)^# === end shared ===\n", re.M | re.S)
