@@ -17,9 +17,10 @@ Map     6163 (5)   SGAN between two points: log 2, however far apart they are   
         6163 (17)  so |Delta T| <= lambda d; if T takes x_r and x_f at once           test
         6163 (18)  E[Delta T] at (16): twice the divergence                           test
         6214 (1)   GAN-QP, which is 6163 (15)                                         qp_critic_loss
-        6214 (2)   Delta T = T(x, E(x)) - T(G(z), z)                                  qp_critic_loss
+        6214 (2)   Delta T - Delta T^2 / (2 lambda d), of pairs (x, E(x)), (G(z), z)  qp_critic_loss
         6214 (2)   d(x, E(x); G(z), z)                                                distance
         6214 (2)   G, E = argmin E[Delta T]                                           bigan_loss
+        6214 (3)   Delta T = T(x, E(x)) - T(G(z), z) from here on                     bigan_loss
         6214 (3)   + beta1 |z - E(G(z))|^2 + beta2 |x - G(E(x))|^2                    bigan_loss
         6214 (4)   + beta1 |z - E(G_ng(z))|^2 + beta2 |x - G(E_ng(x))|^2              bigan_loss
 Symbols T is high on real pairs (x, E(x)), low on fake ones (G(z), z); in o_gan.py real is low.
@@ -27,8 +28,8 @@ Symbols T is high on real pairs (x, E(x)), low on fake ones (G(z), z); in o_gan.
         author's code, so that lambda = 10 fits any size. ng: no gradient passes.
         (17) bounds a T of two arguments. What is trained has one, as the post advises, and there
         |Delta T| may exceed lambda d; E[Delta T^2 / (lambda d)] = E[Delta T] is what remains of it.
-        The guides of (3) bound the mutual information of z and G(z), of x and E(x), from below (up
-        to constants; Barber and Agakov 2003, as in InfoGAN), or minus it from above.
+        A constant less a guide of (3) bounds the mutual information, of z and G(z) or of x and
+        E(x), from below (Barber and Agakov 2003, as in InfoGAN); the post has it from above.
 Shapes  B batch, C channels, H height, W width, n_z coordinates of a code. x, x_f: (B, C, H, W),
         float32 in [-1, 1] here, uint8 in memory and on disk; z, z_r: (B, n_z), z ~ N(0, I); losses
         and scores: (B,).
@@ -83,7 +84,7 @@ def distance(x: Tensor, z_r: Tensor, x_f: Tensor, z: Tensor, least: float = 1e-3
     grey level, and distances above it are left as they are.
     """
     d = (x - x_f).abs().mean((1, 2, 3)) + (z_r - z).abs().mean(1)  # 6214 (2)
-    return d.clamp(min=least)
+    return d.clamp(min=least)  # departs: the author's has no floor
 
 
 def qp_critic_loss(real: Tensor, fake: Tensor, d: Tensor, lam: float) -> Tensor:
@@ -91,7 +92,7 @@ def qp_critic_loss(real: Tensor, fake: Tensor, d: Tensor, lam: float) -> Tensor:
 
     Real i is paired with fake i only. At the best T it is minus half of the mean of Delta T.
     """
-    delta_T = real - fake  # 6214 (2), with a T of one pair
+    delta_T = real - fake  # 6214 (2), as simplified below it: a T of one pair
     return delta_T.square() / (2 * lam * d) - delta_T  # 6163 (12), 6214 (1)
 
 
@@ -102,7 +103,7 @@ def bigan_loss(T: nn.Module, G: nn.Module, E: nn.Module, x: Tensor, z: Tensor, b
     Also the two guides by themselves, (B,) each: |z - E(G(z))|^2 and |x - G(E(x))|^2, means.
     """
     z_r, x_f = E(x), G(z)
-    delta_T = T(x, z_r) - T(x_f, z)  # 6163 (15), 6214 (2): no quadratic term, it would shrink d
+    delta_T = T(x, z_r) - T(x_f, z)  # 6163 (15), 6214 (2), (3): no quadratic term, it shrinks d
     x_ng, z_ng = (x_f.detach(), z_r.detach()) if ng else (x_f, z_r)
     code = (z - E(x_ng)).square().mean(1)  # 6214 (3); in 6214 (4) it trains E alone
     picture = (x - G(z_ng)).square().mean((1, 2, 3))  # 6214 (3); in 6214 (4) it trains G alone
@@ -115,7 +116,7 @@ def divergence_bound(real: Tensor, fake: Tensor, d: Tensor, lam: float) -> tuple
     """m^2 / (4 pi) and m / (2 pi) of m = E[Delta T] and pi = E[Delta T^2 / (2 lambda d)].
 
     The first is (12) at the best multiple of T, so it bounds the divergence from below, whatever
-    the scale of T is. The second is 1 if T has that scale.
+    the scale of T is; of few pairs it comes out too high. The second is 1 if T has that scale.
     """
     delta_T = real - fake
     m, pi = delta_T.mean(), (delta_T.square() / (2 * lam * d)).mean()
@@ -330,7 +331,7 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, a row each; --paper is the author's bigan_qp_128.py."""
+    """The flags, a row each; --paper has the sizes and rates of the author's bigan_qp_128.py."""
     experiment = dict(
         # flag       CPU        --gpu         --paper     least  meaning
         data=       ("faces",                               None, "faces (drawn), mnist, fashion-"

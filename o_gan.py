@@ -97,7 +97,7 @@ def R(x: Tensor, y: Tensor, hx: Tensor, hy: Tensor) -> Tensor:
     hx = E(x), hy = E(y). Distances count from 1e-10 up, less than one grey level in one pixel.
     """
     distance = (x - y).square().mean((1, 2, 3))  # departs: mean over pixels, as the author's code
-    return (avg(hx) - avg(hy)).square() / distance.clamp(min=1e-10)  # 6409 (8)
+    return (avg(hx) - avg(hy)).square() / distance.clamp(min=1e-10)  # 6409 (8); departs: a floor
 
 
 def critic_loss(x: Tensor, y: Tensor, z: Tensor, hx: Tensor, hy: Tensor, lambda_1: float,
@@ -112,7 +112,7 @@ def generator_loss(z: Tensor, hy: Tensor, lambda_2: float) -> Tensor:
 
 
 def reconstruct(E: nn.Module, G: nn.Module, x: Tensor, shrink: float = 1.0) -> Tensor:
-    """6409 (10): G(N(E(x))), pictures to pictures (B, C, H, W). The author shrinks by 0.9."""
+    """6409 (10): G(N(E(x))), pictures to pictures (B, C, H, W). The author shrinks by .8 or .9."""
     return G(shrink * normalize(E(x)))  # 6409 (10)
 
 
@@ -323,10 +323,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         lr=         (1e-3,      5e-4,         1e-4,         0, "the optimiser's rate, constant"),
         augment=    (False,                                 None, "E sees pictures moved, brighter "
                      "or darker, real and fake: if there are less than about 5,000"),
-        ema=        (0.999,                                 0, "decay of the average that draws"),
+        ema=        (0.999,      0.999,        0.0,         0, "decay of the average that draws"),
     )
     others = dict(
-        paper=      (False,                                 None, "the author's set-up, whole"),
+        paper=      (False,                                 None, "the author's sizes and rates"),
         save_every= (2000,      2000,         10_000,       1, "steps between checkpoints"),
         samples=    (64,                                    1, "pictures in a grid"),
         sample_seed=(0,                                     0, "of the pictures drawn"),

@@ -734,7 +734,7 @@ def test_paper_is_the_authors_script():
     """o_gan_celeba.py: 128 px, 128 numbers, batches of 64, channels 64 to 1024, 5 x 5, RMSprop(1e-4, 0.99), lambdas."""
     args = o_gan.parse_args(["--paper", "--gpu"])
     want = dict(size=128, n_z=128, batch_size=64, width=64, kernel=5, optimizer="rmsprop", lr=1e-4, lambda_1=0.25,
-                lambda_2=0.5, augment=False, ema=0.999)
+                lambda_2=0.5, augment=False, ema=0.0)
     assert {name: getattr(args, name) for name in want} == want
     with torch.device("meta"):
         nets = o_gan.OGan((3, 128, 128), 128, 64, 5)
