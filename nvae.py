@@ -5,8 +5,8 @@
 """NVAE: latents in groups, one after another, from coarse to fine; a VAE that need not blur.
 
 Post    强大的NVAE：以后再也不能说VAE生成的图像模糊了   https://kexue.fm/archives/7574 (read 2026-11)
-        It tells of Vahdat & Kautz 2020 (arXiv 2007.03898); whose code, under a licence that forbids
-        derived works, was not looked at.
+        It tells of Vahdat & Kautz 2020 (arXiv 2007.03898), "the paper" here; their code, whose
+        licence forbids derived works, was not opened for this.
 
 Map     7574 (1)   E_x [ E_{z~p(z|x)} [-log q(x|z)] + KL(p(z|x) || q(z)) ]          loss
         7574 (2)   q(z) = prod_l q(z_l|z_<l),  p(z|x) = prod_l p(z_l|z_<l, x)       top_down
@@ -16,13 +16,14 @@ Map     7574 (1)   E_x [ E_{z~p(z|x)} [-log q(x|z)] + KL(p(z|x) || q(z)) ]      
         7574 (6)   (4 8^2 + 4 16^2 + 4 32^2 + 8 64^2 + 16 128^2) 20 = 6005760       latent_numbers
 Symbols p is the encoder's side: p(z|x), the posterior. q is the generator's: q(z) the prior, q(x|z)
         the law of pictures. Most papers, and this one, have the two letters the other way round.
-        d_mu, d_sigma: what x changes in mu, sigma; z_<l: the groups above l, which s stands for.
+        d_mu, d_sigma: what x changes in mu, sigma; z_<l: the groups before l, which s stands for;
+        h: the learnt feature that s begins with, as in the post's figure.
 Shapes  B batch, C channels, H height, W width; L groups, z_1 the coarsest; Z latent channels of a
-        group, h its side. x, y: (B, C, H, W), y whole numbers 0 .. 2^bits - 1, what q(x|z) is a law
-        of. eps, z, mu, sigma, d_mu, d_sigma: for each group (B, Z, h, h).
+        group of n x n pixels. x, y: (B, C, H, W), y whole numbers 0 .. 2^bits - 1, what q(x|z) is
+        a law of. eps, z, mu, sigma, d_mu, d_sigma: for each group (B, Z, n, n).
 
 Run     python nvae.py                                # CPU: small drawn faces
-        python nvae.py --data mnist --groups 3 --batch-size 16 --lr 1.5e-2 --steps 10000  # digits
+        python nvae.py --data mnist --groups 3 --batch-size 16 --lr 1.5e-2 --steps 6000  # digits
         python nvae.py --gpu                          # one GPU: the same faces at 64 px
         python nvae.py --gpu --data cifar10 --paper   # the paper's CIFAR-10 row, whole
         torchrun --nproc_per_node=8 nvae.py --gpu     # the same global batch on eight
@@ -85,7 +86,7 @@ def top_down(groups: Iterable[nn.Module], h: Tensor, features: list[Tensor] | No
     """7574 (2): z_1, ..., z_L in turn from noise eps; one path for encoder and generator alike.
 
     With the encoder's features, one a group, by p(z|x); without by q(z), its deviations times
-    temperature. Begins at the learnt h (1, C, h, h). Returns s, which knows of all z, the z, and
+    temperature. Begins at the learnt h (1, C, n, n). Returns s, which knows of all z, the z, and
     the moments of each group if there are features.
     """
     s, zs, moments = h.expand(len(eps[0]), -1, -1, -1), [], []
@@ -437,7 +438,7 @@ class Group(nn.Module):
         self.merge = Conv(channels + latent, channels)
 
     def q(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """s on this group's side; mu and sigma of q(z_l|z_<l), each (B, Z, h, h)."""
+        """s on this group's side; mu and sigma of q(z_l|z_<l), each (B, Z, n, n)."""
         s = self.cells(s)
         if self.prior is None:
             mu = s.new_zeros(len(s), self.latent, *s.shape[2:], dtype=torch.float32)
@@ -490,17 +491,17 @@ class NVAE(nn.Module):
 
         self.tower = nn.ModuleList()  # a part for each group, from the finest up to z_1
         for k, count in enumerate(counts):
+            c *= 2 if k else 1
             for l in range(count):
-                halve = [encode(c, 2 * c)] if k and not l else []
-                c *= 1 + len(halve)
+                halve = [encode(c // 2, c)] if k and not l else []
                 self.tower.append(nn.Sequential(*halve, *(encode(c, c) for _ in range(cells))))
         self.top = nn.Sequential(nn.ELU(), Conv(c, c), nn.ELU())
         self.h = nn.Parameter(torch.randn(1, c, *self.shapes[0][1:]))
         self.groups = nn.ModuleList([Group([], c, latent, first=True)])  # from z_1 down
         for k, count in enumerate(counts[::-1]):
+            c //= 2 if k else 1
             for l in range(0 if k else 1, count):
-                double = [decode(c, c // 2, expand)] if k and not l else []
-                c //= 1 + len(double)
+                double = [decode(2 * c, c, expand)] if k and not l else []
                 path = [*double, *(decode(c, c, expand) for _ in range(cells))]
                 self.groups.append(Group(path, c, latent, first=False))
 
@@ -518,7 +519,7 @@ class NVAE(nn.Module):
                 bias[4:7] = -1.5
 
     def noise(self, count: int, g: torch.Generator) -> list[Tensor]:
-        """eps of all groups, each (count, Z, h, h)."""
+        """eps of all groups, each (count, Z, n, n)."""
         return [torch.randn((count, *shape), generator=g, device=g.device)
                 for shape in self.shapes]
 
@@ -781,7 +782,11 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, a row each; --paper is Vahdat & Kautz 2020 on CIFAR-10."""
+    """The flags, a row each; --paper is Vahdat & Kautz 2020 on CIFAR-10.
+
+    departs: the CPU's column is a recipe for three minutes: patches for the stem, whole branches
+    (factor 1), a low floor by and by, few and small cells, a moving average, a higher rate.
+    """
     experiment = dict(
         # flag       CPU        --gpu         --paper     least  meaning
         data=       ("faces",   "faces",      "cifar10",    None, "faces (drawn), mnist, fashion-"
