@@ -29,7 +29,7 @@ SHORT = {  # a run of half a second on what `folder` writes
                 "--judge 6",
     "ddpm": "--data pictures.npy --width 8 --mults 1,2 --attention 1 --blocks 1 --T 21 --batch-size 4 --samples 4 "
             "--sample-steps 2 --test-images 2 --judge 6 --warmup 2",
-    "nvae": "--data pictures.npy --width 8 --groups 1 --min-groups 1 --latent 2 --expand 1 --batch-size 4 --samples 4 "
+    "nvae": "--data pictures.npy --lr 2e-3 --width 8 --groups 1 --min-groups 1 --latent 2 --expand 1 --batch-size 4 --samples 4 "
             "--bn-batches 1 --test-images 2 --importance 1 --judge 6",
     "o_gan": "--data pictures.npy --width 4 --n-z 4 --batch-size 4 --samples 4 --judge 6",
     "rope": "--data text.txt --width 16 --layers 1 --heads 2 --context 16 --batch-size 4 --eval-bytes 256 --length 6 "
