@@ -531,7 +531,7 @@ def test_out_of_memory_is_one_line(script, monkeypatch):
 
 @pytest.mark.parametrize("size", [2**40, 2**61])
 def test_sizes_that_no_machine_has_are_one_line(script, size):
-    script.ended(script("--steps 2 --batch-size", size), 1, "allocate" if size < 2**60 else str(size))
+    script.ended(script("--steps 2 --batch-size", size), 1, "allocate" if size < 2**60 else "overflow")
 
 
 # ---- the checkpoint ----
