@@ -15,7 +15,7 @@ Map     7574 (1)   E_x [ E_{z~p(z|x)} [-log q(x|z)] + KL(p(z|x) || q(z)) ]      
         7574 (5)   KL_l = 1/2 sum_i (d_mu^2/sigma^2 + d_sigma^2 - log d_sigma^2 - 1) kl_relative
         7574 (6)   (4 8^2 + 4 16^2 + 4 32^2 + 8 64^2 + 16 128^2) 20 = 6005760       latent_numbers
 Symbols p is the encoder's side: p(z|x), the posterior. q is the generator's: q(z) the prior, q(x|z)
-        the law of pictures. Most papers, and this one, have the two letters the other way round.
+        the law of pictures. Most papers, and Vahdat & Kautz, have the letters the other way round.
         d_mu, d_sigma: what x changes in mu, sigma; z_<l: the groups before l, which s stands for;
         h: the learnt feature that s begins with, as in the post's figure.
 Shapes  B batch, C channels, H height, W width; L groups, z_1 the coarsest; Z latent channels of a
@@ -658,7 +658,7 @@ def check_flags(args: argparse.Namespace) -> None:
             (max(args.warmup, args.kl_warmup) > 1, "--warmup, --kl-warmup: shares of all steps"),
             (not 2 <= args.bits <= 8, "--bits: 2 to 8"),
             (args.width % 4, "--width: a multiple of 4, for the four phases of a pixel"),
-            (args.patch > 1 and args.stem, "--patch, --stem: one of the two makes pictures small")):
+            (args.patch > 1 and args.stem, "--stem: with --patch 1, one of them makes pictures small")):
         if wrong:
             raise UserError(why)
 
@@ -703,6 +703,9 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     """The whole run: data, loop, checkpoints, pictures, metrics.json."""
     x, x_test = load_data(args, device, state)
     net = build(args, *x.shape[1:3], device)
+    if args.batch_size * net.shapes[0][1] ** 2 < 2:
+        raise UserError("--batch-size 1: BatchNorm needs two numbers of a channel at least, and "
+                        "z_1 has one pixel: --batch-size 2, or fewer --scales")
     ema = copy.deepcopy(net).eval()
     params, live, averages = list(net.parameters()), floats(net), floats(ema)
     opt = torch.optim.Adamax(params, lr=args.lr, eps=1e-3, weight_decay=3e-4)
@@ -799,13 +802,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         bits=       (5,         5,            8,            2, "of a colour; grey has one"),
         mixtures=   (2,         5,            10,           1, "M, components of q(x|z)"),
         width=      (32,        32,           128,          4, "channels of the finest cells"),
-        scales=     (2,         2,            1,            1, "each half as large as the last"),
+        scales=     (2,         2,            1,            1, "of latents, each half the last one"),
         groups=     (2,         8,            30,           1, "of latents at the finest scale, "
                      "half as many a scale on"),
-        min_groups= (2,         4,            1,            1, "but at least as many"),
+        min_groups= (2,         4,            1,            1, "groups of the coarsest, at least"),
         latent=     (8,         20,           20,           1, "channels of a group"),
         cells=      (1,         1,            2,            1, "residual cells of a group"),
-        expand=     (3,         6,            6,            1, "of channels inside decoder cells"),
+        expand=     (3,         6,            6,            1, "times the channels in decoder cells"),
         stem=       (0,         1,            1,            0, "times that pictures are halved "
                      "before the finest scale"),
         stem_cells= (1,         2,            2,            1, "cells each time"),
@@ -816,7 +819,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         first_floor=(-1.5,      -1.5,         -7.0,         None, "the same at the first step"),
         kl_warmup=  (0.3,                                   0, "share of the steps with less KL"),
         penalty=    (0.01,                                  0, "of spectral norms and gammas"),
-        penalty_every=(4,       1,            1,            1, "steps; as many times stronger"),
+        penalty_every=(4,       1,            1,            1, "every N-th step adds it, N times"),
         flip=       (False,     False,        True,         None, "mirror half of the pictures"),
         lr=         (0.02,      5e-3,         0.01,         0, "Adamax's learning rate"),
         warmup=     (0.03,      0.03,         0.0125,       0, "share of steps in which lr rises"),

@@ -946,7 +946,7 @@ def test_a_rate_of_zero_learns_nothing(pictures):
 
 @pytest.mark.parametrize("argv, word", [
     ("--ema 1", "--ema"), ("--warmup 1.5", "--warmup"), ("--kl-warmup 2", "--kl-warmup"), ("--bits 9", "--bits"),
-    ("--width 30", "--width"), ("--patch 4 --stem 1", "--stem")])
+    ("--width 30", "--width"), ("--patch 4 --stem 1", "--stem"), ("--size 8 --batch-size 1", "two numbers of a channel")])
 def test_flags_that_do_not_go_together_are_refused(capsys, argv, word):
     assert nvae.main(argv.split()) == 2
     assert word in capsys.readouterr().err and not Path("out").exists()
