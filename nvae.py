@@ -658,7 +658,7 @@ def check_flags(args: argparse.Namespace) -> None:
             (max(args.warmup, args.kl_warmup) > 1, "--warmup, --kl-warmup: shares of all steps"),
             (not 2 <= args.bits <= 8, "--bits: 2 to 8"),
             (args.width % 4, "--width: a multiple of 4, for the four phases of a pixel"),
-            (args.patch > 1 and args.stem, "--stem: with --patch 1, one of them makes pictures small")):
+            (args.patch > 1 and args.stem, "--stem: --patch 1; one of them makes pictures small")):
         if wrong:
             raise UserError(why)
 
@@ -802,13 +802,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         bits=       (5,         5,            8,            2, "of a colour; grey has one"),
         mixtures=   (2,         5,            10,           1, "M, components of q(x|z)"),
         width=      (32,        32,           128,          4, "channels of the finest cells"),
-        scales=     (2,         2,            1,            1, "of latents, each half the last one"),
+        scales=     (2,         2,            1,            1, "of latents, halved one by one"),
         groups=     (2,         8,            30,           1, "of latents at the finest scale, "
                      "half as many a scale on"),
         min_groups= (2,         4,            1,            1, "groups of the coarsest, at least"),
         latent=     (8,         20,           20,           1, "channels of a group"),
         cells=      (1,         1,            2,            1, "residual cells of a group"),
-        expand=     (3,         6,            6,            1, "times the channels in decoder cells"),
+        expand=     (3,         6,            6,            1, "times the channels, in decoders"),
         stem=       (0,         1,            1,            0, "times that pictures are halved "
                      "before the finest scale"),
         stem_cells= (1,         2,            2,            1, "cells each time"),
