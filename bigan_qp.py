@@ -24,8 +24,9 @@ Map     6163 (5)   SGAN between two points: log 2, however far apart they are   
         6214 (3)   + beta1 |z - E(G(z))|^2 + beta2 |x - G(E(x))|^2                    bigan_loss
         6214 (4)   + beta1 |z - E(G_ng(z))|^2 + beta2 |x - G(E_ng(x))|^2              bigan_loss
 Symbols T is high on real pairs (x, E(x)), low on fake ones (G(z), z); in o_gan.py real is low.
-        z_r = E(x), x_f = G(z). |.|^2 and d are means over pixels or coordinates, as in the
-        author's code, so that lambda = 10 fits any size. ng: no gradient passes.
+        z_r = E(x), x_f = G(z); in (16) p q' is p(x_r) q(x_f), p' q is p(x_f) q(x_r). |.|^2 and d
+        are means over pixels or coordinates, as in the author's code, so that lambda = 10 fits any
+        size. ng: no gradient passes.
         (17) bounds a T of two arguments. What is trained has one, as the post advises, and there
         |Delta T| may exceed lambda d; E[Delta T^2 / (lambda d)] = E[Delta T] is what remains of it.
         A constant less a guide of (3) bounds the mutual information, of z and G(z) or of x and

@@ -1,4 +1,5 @@
-"""What do the guides and their halved gradients bring? 6214 (2), (3), (4) beside each other, then what else the post claims.
+"""What do the guides and their halved gradients bring? 6214 (2), (3), (4) beside each other, an autoencoder of the same nets,
+then what else the post claims.
 
     python tests/experiments/bigan_qp_arms.py [--seeds 0 1] [--arms (4) (3) (2) ...] [flags of bigan_qp.py]
 
@@ -13,14 +14,23 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import bigan_qp  # noqa: E402
 
-ARMS = {"(4)": "", "(3)": "--no-ng", "(2)": "--beta1 0 --beta2 0", "lambda 1": "--lam 1", "lambda 100": "--lam 100",
+ARMS = {"(4)": "", "(3)": "--no-ng", "(2)": "--beta1 0 --beta2 0", "autoencoder": "", "lambda 1": "--lam 1", "lambda 100": "--lam 100",
         "two critic steps": "--critic-steps 2 --critic-lr 2e-3", "two, and lr 1e-3": "--critic-steps 2 --critic-lr 1e-3 --lr 1e-3"}
 COLUMNS = ("frechet", "recall", "sharpness", "sharpness_reconstructions", "psnr", "code_mse", "probe_E",
            "read_off_reconstructions", "train_seconds")
+
+
+def autoencoder(T: nn.Module, G: nn.Module, E: nn.Module, x: Tensor, z: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
+    """In bigan_loss' place: |x - G(E(x))|^2 trains G and E, and nothing else does."""
+    picture = (x - G(E(x))).square().mean((1, 2, 3))
+    return picture, 0 * picture, picture
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -35,9 +45,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         runs = []
         for seed in opt.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                out = f"{folder}/run"
-                if code := bigan_qp.main([*rest, *ARMS[arm].split(), "--seed", str(seed), "--out", out]):
-                    sys.exit(code)
+                out, loss = f"{folder}/run", autoencoder if arm == "autoencoder" else bigan_qp.bigan_loss
+                with mock.patch.object(bigan_qp, "bigan_loss", loss):
+                    if code := bigan_qp.main([*rest, *ARMS[arm].split(), "--seed", str(seed), "--out", out]):
+                        sys.exit(code)
                 runs.append(json.loads(Path(out, "metrics.json").read_text()))
         table[arm] = {}
         for name in COLUMNS:
