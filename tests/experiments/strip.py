@@ -4,8 +4,8 @@
 
 Above, ddpm, nvae: faces drawn. o_gan: held-out faces, each with its reconstruction at its right. bigan_qp: in each row from
 one held-out face to another. Below, rope: R_n = exp(nB) with a dense B that the run has learnt, n = 4 and 32; under them the
-same in the basis of 9403 (8), blocks of 2 x 2. hier_pos_bert: cosines of the n codes trained, and of 4n codes by the post;
-under them of 4n by copies, and by interpolation. transformer_vq: above, cosines of the keys of a text the run wrote, and of the codes
+same in the basis of 9403 (8), blocks of 2 x 2. hier_pos_bert: cosines of the n codes trained, and of 2n codes by the post;
+under them of 2n by copies, and by interpolation. transformer_vq: above, cosines of the keys of a text the run wrote, and of the codes
 they become; below, which code each key is, and the cosines of the codes. w2v_svd: words with their neighbours.
 """
 
@@ -91,11 +91,11 @@ def blocks(out: Path) -> Tensor:
 
 
 def codes(out: Path) -> Tensor:
-    """7947: cosines of p with each other, of 4n codes by (1) and (2); of p's copies, of p drawn out."""
+    """7947: cosines of p with each other, of 2n codes by (1) and (2); of p's copies, of p drawn out."""
     state = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
     p = state["model"]["bert.embeddings.position_embeddings.weight"]
-    q = [hier_pos_bert.other_positions(p, way, 4 * len(p), torch.Generator()) for way in ("tile", "interpolate")]
-    q = [F.normalize(x - p.mean(0), dim=1) for x in (p, hier_pos_bert.materialize(p, 0.4, 4 * len(p)), *q)]
+    q = [hier_pos_bert.other_positions(p, way, 2 * len(p), torch.Generator()) for way in ("tile", "interpolate")]
+    q = [F.normalize(x - p.mean(0), dim=1) for x in (p, hier_pos_bert.materialize(p, 0.4, 2 * len(p)), *q)]
     return four([x @ x.T for x in q])
 
 
