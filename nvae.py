@@ -147,8 +147,7 @@ def spectral_norms(convs: list["Conv"], iterations: int) -> Tensor:
             for _ in range(iterations):
                 v = F.normalize(torch.einsum("nor,no->nr", w, u), dim=1)
                 u = F.normalize(torch.einsum("nor,nr->no", w, v), dim=1)
-            for conv, row in zip(same, u):
-                conv.u.copy_(row)
+            torch._foreach_copy_([conv.u for conv in same], list(u))
         norms.append(torch.einsum("no,nor,nr->n", u, w, v))
     return torch.cat(norms)
 
@@ -444,7 +443,7 @@ class Group(nn.Module):
             mu = s.new_zeros(len(s), self.latent, *s.shape[2:], dtype=torch.float32)
             return s, mu, torch.ones_like(mu)
         mu, log_sigma = soft_clamp(self.prior(s)).chunk(2, dim=1)
-        return s, mu, log_sigma.exp() + 0.01
+        return s, mu, log_sigma.exp() + 0.01  # departs: never near 0, as the paper has it
 
     def p(self, s: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
         """d_mu and d_sigma of p(z_l|z_<l, x), from s, which knows z_<l, and the encoder's feature.

@@ -201,7 +201,7 @@ def report(nets: OGan, fresh: OGan, x: Tensor, x_test: Tensor, y: Tensor | None,
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together, once --resume has had its say."""
     for wrong, why in ((args.ema >= 1, "--ema: below 1"),
-                       (args.kernel not in (4, 5), "--kernel: 4 or 5")):
+                       (args.kernel > 5, "--kernel: 4 or 5")):
         if wrong:
             raise UserError(why)
 
@@ -210,7 +210,7 @@ def load_data(args: argparse.Namespace, device: torch.device, state: dict | None
     """Pictures to train on, held-out ones, uint8 (N, C, H, W), and the labels of each or None."""
     images = load_images(args, state, device)
     if min(images[0].shape[2:]) < 4:
-        raise UserError(f"--data {args.data}: the nets halve a picture, which must have 4 px")
+        raise UserError(f"--data {args.data}: pictures of 4 px at least, the nets halve them")
     return images
 
 
@@ -293,6 +293,8 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
     """Draws --sample-only pictures from the average in ckpt.pt, whatever device made it."""
     nets = build(args, state["shape"][1:], device)
     restore(state, dict(ema=nets.eval()))
+    if args.compile:
+        nets.G.compile()
     with autocast(args):
         _, samples = sample(nets.G, args.sample_only, args, device)
     path = Path(args.out) / "samples_only.png"
