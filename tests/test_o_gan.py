@@ -714,6 +714,18 @@ def test_flags_that_do_not_go_together_are_refused(capsys, argv, word):
     assert word in capsys.readouterr().err and not Path("out").exists()
 
 
+def test_both_players_begin_as_dcgan_does():
+    """Every weight N(0, .02), biases 0, as in the author's code."""
+    nets = o_gan.build(o_gan.parse_args([]), (3, 32, 32), torch.device("cpu"))
+    for net in (nets.E, nets.G):
+        layers = [m for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d, torch.nn.Linear))]
+        assert len(layers) == 4
+        for layer in layers:
+            n = layer.weight.numel()
+            assert abs(layer.weight.std().item() / 0.02 - 1) < 4 / (2 * n) ** 0.5
+            assert layer.bias is None or not layer.bias.any()
+
+
 def test_pictures_too_small_to_halve_are_refused(capsys):
     np.save("a.npy", np.zeros((20, 3, 9), np.uint8))
     assert o_gan.main(["--data", "a.npy"]) == 2
