@@ -925,6 +925,11 @@ def test_flags_that_do_not_go_together_are_refused(capsys, argv, word):
     assert word in capsys.readouterr().err and not Path("out").exists()
 
 
+@pytest.mark.parametrize("argv", ["--sample-steps 250", "--mults 1 --attention=", "--ema 0.999999 --attention 2"])
+def test_flags_at_their_limits_go(argv):
+    ddpm.check_flags(ddpm.parse_args(argv.split()))
+
+
 def test_learning_rate_written_out():
     args = ddpm.parse_args("--lr 3 --warmup 4 --steps 8".split())
     want = [3 * min(1, (k + 1) / 4) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
