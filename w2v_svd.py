@@ -61,14 +61,12 @@ import math
 import os
 import re
 import signal
-import struct
 import sys
 import sysconfig
 import time
 import unicodedata
 import warnings
 import zipfile
-import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -225,40 +223,35 @@ def keep(f: Tensor, t: float) -> Tensor:
 
 # ---- counting: 4233's windows, in expectation ----
 
-def count(tokens: Tensor, docs: Tensor, V: int, L: int, chunk: int = 1 << 20,
-          top: int = 2048) -> Cells:
+def count(tokens: Tensor, docs: Tensor, V: int, L: int, size: int = 10 << 20) -> Cells:
     """L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
 
     A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
-    whole numbers, alike for any chunk. Windows end with documents. Pairs of the `top` words, most
-    of all, add up in a dense square, the others are sorted. Raises ValueError if keys overflow.
+    whole numbers, alike for any size, of pairs at once. Windows end with documents.
     """
-    bits, top = L.bit_length(), min(V, top)
+    bits, parts = L.bit_length(), []
     if V * V >= 1 << (63 - bits):  # the weight rides below the key: a plain sort does
-        raise ValueError(f"{V} words: their pairs overflow int64")
-    square, parts = torch.zeros(top * top, dtype=torch.int64, device=tokens.device), []
+        raise UserError(f"{V} words, --window {L}: the numbers of their pairs overflow int64")
+    chunk = size // (2 * L) + 1
     for s in range(0, len(tokens), chunk):
-        rare = []
+        keys = []
         for d in range(1, L + 1):
             x, y = pairs(tokens, docs, s, s + chunk, d)
-            weight, often = L - d + 1, y < top  # T7; departs: expected, word2vec draws each
-            cell = (x * top + y)[often]
-            square.index_add_(0, cell, torch.full_like(cell, weight))
-            rare.append((x * V + y << bits)[~often] + weight)
-        key = sort(torch.cat(rare))
+            weight = L - d + 1  # T7; departs: expected, word2vec draws each
+            keys += [(x * V + y << bits) + weight, (y * V + x << bits) + weight]
+        key = sort(torch.cat(keys))
         parts.append(add_up(key >> bits, key & (1 << bits) - 1))
-    cell = square.nonzero()[:, 0]
-    parts.append((cell // top * V + cell % top, square[cell]))
-    keys, order = arrange(torch.cat([keys for keys, _ in parts]))
-    return mirrored(*add_up(keys, torch.cat([sums for _, sums in parts])[order]), V)
+    keys, sums = (torch.cat(part) for part in zip(*parts))
+    keys, order = arrange(keys)
+    keys, sums = add_up(keys, sums[order])
+    return keys // V, keys % V, sums
 
 
 def pairs(tokens: Tensor, docs: Tensor, s: int, e: int, d: int) -> tuple[Tensor, Tensor]:
-    """The words x <= y, int64, of all pairs at distance d in one document, the first in s..e-1."""
+    """The words x at s..e-1 and y, d places later in the same document, int64."""
     e = max(min(e, len(tokens) - d), s)
-    together = docs[s:e] == docs[s + d:e + d]
-    x, y = (words[together].long() for words in (tokens[s:e], tokens[s + d:e + d]))
-    return torch.minimum(x, y), torch.maximum(x, y)
+    same = docs[s:e] == docs[s + d:e + d]
+    return tokens[s:e][same].long(), tokens[s + d:e + d][same].long()
 
 
 def sort(keys: Tensor) -> Tensor:
@@ -283,20 +276,11 @@ def add_up(keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return keys[last], total.diff(prepend=total.new_zeros(1))
 
 
-def mirrored(keys: Tensor, x: Tensor, V: int) -> Cells:
-    """The cells of T + T' by rows; T has x at the sorted keys i V + j, i <= j."""
-    i, j = keys // V, keys % V
-    off = i != j
-    keys, order = arrange(torch.cat([keys, j[off] * V + i[off]]))
-    return keys // V, keys % V, torch.cat([torch.where(off, x, 2 * x), x[off]])[order]
-
-
 # ---- factorising ----
 
 def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
     """The (V, V) float32 CSR matrix of cells by rows, without those where x is 0."""
-    there = x.nonzero()[:, 0]
-    i, j, x = i[there], j[there], x[there]
+    i, j, x = (part[x != 0] for part in (i, j, x))
     kind = torch.int32 if max(V, len(x)) < 2**31 else torch.int64  # int32: half the traffic
     rows = F.pad(torch.bincount(i, minlength=V).cumsum(0), (1, 0))
     with warnings.catch_warnings():
@@ -455,42 +439,33 @@ def read_lines(path: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
-def read_questions(path: Path) -> list[tuple[list[str], str | float]]:
-    """Two words and a score, a line each; or four, "a b c d", and the ": part" they stand in.
+def read_questions(path: Path, words: list[str]) -> tuple[Tensor, list[str | float]]:
+    """Pairs of words (Q, 2) and their scores; or analogies (Q, 4) and the ": part" they stand in.
 
-    Columns stand apart by tabs, semicolons, commas or blanks. Raises UserError for other files.
+    Words are numbers, -1 for an unknown one. Columns stand apart by tabs, semicolons, commas or
+    blanks. Raises UserError for other files, and where no line can be asked.
     """
-    rows, part = [], ""
+    find, rows, part = finder(words), [], ""
     for k, line in enumerate(line for line in read_lines(path) if line[0] != "#"):
         apart = next((c for c in "\t;," if c in line), None)  # None: blanks
-        words = [word.strip() for word in line.strip().split(apart)]
+        said = [word.strip() for word in line.strip().split(apart)]
         if line[0] == ":":
             part = line
-        elif part and len(words) == 4:
-            rows.append((words, part))
-        elif not part and len(words) > 2 and re.fullmatch(NUMBER, words[2]):
-            rows.append((words[:2], float(words[2])))
+        elif part and len(said) == 4:
+            rows.append((said, part))
+        elif not part and len(said) > 2 and NUMBER.fullmatch(said[2]):
+            rows.append((said[:2], float(said[2])))
         elif k:  # the first may be a headline
-            raise UserError(f"--eval {path}: neither two words and a score, nor four words in a "
-                            f"\": part\": {line[:60]}")
-    if len({len(words) for words, _ in rows}) != 1:
+            raise UserError(f"--eval {path}: neither a scored pair nor an analogy: {line[:60]}")
+    if len({len(said) for said, _ in rows}) != 1:
         raise UserError(f"--eval {path}: no pairs with scores, no analogies, or both")
-    return rows
+    ids = torch.tensor([[find(word) for word in said] for said, _ in rows])
+    if (ids.amin(1) < 0).all():
+        raise UserError(f"--eval {path}: no line of it can be asked of these {len(words):,} words")
+    return ids, [mark for _, mark in rows]
 
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.A)
-
-
-def known_lines(path: Path, words: list[str]) -> tuple[list, list[tuple[list[int], str | float]]]:
-    """The lines of a file of questions, and those of them of which all is known, words as numbers.
-
-    Raises UserError where no line is left.
-    """
-    find, rows = finder(words), read_questions(path)
-    asked = [(ids, mark) for line, mark in rows if min(ids := [find(w) for w in line]) >= 0]
-    if not asked:
-        raise UserError(f"--eval {path}: no line of it can be asked of these {len(words):,} words")
-    return rows, asked
 
 
 def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
@@ -498,105 +473,62 @@ def evaluate(path: Path, words: list[str], W: Tensor) -> dict[str, float]:
 
     Lines with a word that is not in `words` are left out, and counted: `asked` of `of`.
     """
-    rows, asked = known_lines(path, words)
-    ids, marks = torch.tensor([ids for ids, _ in asked], device=W.device), [m for _, m in asked]
-    scores = dict(asked=len(asked), of=len(rows))
+    ids, marks = read_questions(path, words)
+    known = ids.amin(1) >= 0
+    scores, ids = dict(asked=int(known.sum()), of=len(ids)), ids[known].to(W.device)
     if ids.shape[1] == 2:
         a, b = F.normalize(W[ids.T].double(), dim=2)
-        return scores | {"spearman": spearman((a * b).sum(1), torch.tensor(marks).to(W.device))}
+        return scores | {"spearman": spearman((a * b).sum(1).cpu(), torch.tensor(marks)[known])}
     right = (analogies(W, ids[:, :3]) == ids[:, 3]).double().cpu()
     scores["right"] = right.mean().item()
-    for part in dict.fromkeys(part for _, part in rows):
+    for part in dict.fromkeys(marks):
         here = torch.tensor([mark == part for mark in marks])
-        scores[part] = right[here].mean().item()  # nan where none can be asked
+        scores[part] = right[here[known]].mean().item()  # nan where none can be asked
     return scores
-
-
-GLYPHS = dict(zip("abcdefghijklmnopqrstuvwxyz", (  # rows of 3 dots, in octal
-    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 "
-    "65644 25573 65655 34216 72222 55557 55552 55775 55255 55222 71247").split()))
-COLOURS = torch.tensor([[31, 119, 180], [214, 39, 40], [44, 160, 44], [148, 103, 189],
-                        [255, 127, 14], [23, 150, 160], [140, 86, 75], [90, 90, 90]])
-
-
-def pca_picture(W: Tensor, labels: list[str], group: Tensor, size: int = 900) -> Tensor:
-    """The rows of W (N, n), cosines, in their two principal directions: uint8 (3, size, size).
-
-    group (N,) gives the colours. Letters from a to z can be drawn, others become dots.
-    """
-    W = F.normalize(W.float().cpu(), dim=1)
-    xy = truncated(W - W.mean(0), 2)[0]
-    xy = (xy - xy.amin(0)) / (xy.amax(0) - xy.amin(0)).clamp(min=1e-9)  # each fills its side
-    picture, taken = torch.full((size, size, 3), 255, dtype=torch.uint8), []
-    for (x, y), label, g in zip((xy * (size - 130) + 20).long().tolist(), labels, group.tolist()):
-        while any(abs(y - b) < 14 and x < a + w and a < x + 8 * len(label) for a, b, w in taken):
-            y += 2  # below what is there
-        taken.append((x, y, 8 * len(label)))
-        rows = ["".join(f"{int(GLYPHS.get(c, '00200')[r]):03b}0" for c in label) for r in range(5)]
-        dots = torch.tensor([[c == "1" for c in row] for row in rows])
-        dots = dots.repeat_interleave(2, 0).repeat_interleave(2, 1)[:max(size - y, 0), :size - x]
-        picture[y:y + dots.shape[0], x:x + dots.shape[1]][dots] = COLOURS[g % 8].to(torch.uint8)
-    return picture.permute(2, 0, 1)
 
 
 # ---- word vectors on disk ----
 
 def write_vectors(path: Path, words: list[str], W: Tensor) -> None:
-    """word2vec's own formats, V and n, then each word and its row: binary, or text for a .txt."""
-    rows, body = W.float().cpu().numpy(), io.BytesIO(b"")
-    body.write(b"%d %d\n" % rows.shape)
-    for word, row in zip(words, rows):
-        numbers = b" ".join(b"%.6g" % x for x in row) if path.suffix == ".txt" else row.tobytes()
-        body.write(word.encode() + b" " + numbers + b"\n")
-    put(path, body.getbuffer())
+    """word2vec's binary format: V and n, then each word and its row, float32."""
+    rows = W.float().cpu().numpy()
+    lines = [word.encode() + b" " + row.tobytes() for word, row in zip(words, rows)]
+    put(path, b"\n".join([b"%d %d" % rows.shape, *lines, b""]))
 
 
 def read_vectors(path: Path) -> tuple[list[str], Tensor]:
-    """Words and their rows (V, n), from either of word2vec's formats; raises UserError for others.
-
-    A text is told by its first row, whatever the file is called: n numbers after the word.
-    """
+    """Words and their rows (V, n), from either of word2vec's formats. Raises UserError."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         V, n = map(int, head.split())
-        if not 0 < 2 * V * n <= len(body) or n < 1:
+        if n < 1 or not 0 < 2 * V * n <= len(body):
             raise ValueError  # a headline that lies
-        words, W = [], np.full((V, n), np.nan, np.float32)
-        rows = text_rows(body) if is_text(body, n) else binary_rows(body, n)
-        for k, (word, row) in enumerate(itertools.islice(rows, V)):
-            words.append(word.decode("utf-8", "replace"))
-            W[k] = row if len(row) == n else np.nan
-        if not np.isfinite(W).all():
-            raise ValueError  # also where rows are missing
-    except (OSError, ValueError) as error:
-        why = "not a whole file of word vectors in word2vec's formats, which begin with how many " \
-            "words and how many numbers a word"
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or why}") from None
-    return words, torch.from_numpy(W)
+        words, rows = zip(*itertools.islice(read_rows(body, n), V))
+        W = np.stack(rows)  # ValueError where they differ in length
+        if W.shape != (V, n) or not np.isfinite(W).all():
+            raise ValueError
+    except (OSError, OverflowError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "not whole, or in none of word2vec's formats"
+        raise UserError(f"{path}: {why}") from None
+    return [word.decode("utf-8", "replace") for word in words], torch.from_numpy(W)
 
 
-def is_text(body: bytes, n: int) -> bool:
-    """Whether the first line is a word and n numbers."""
-    try:
-        return len(next(text_rows(body))[1]) == n
-    except ValueError:
-        return False
+def read_rows(body: bytes, n: int) -> Iterator[tuple[bytes, np.ndarray]]:
+    """A word and its numbers, one after another. Raises ValueError where there are none.
 
-
-def text_rows(body: bytes) -> Iterator[tuple[bytes, np.ndarray]]:
-    """A word and its numbers, a line each. Raises ValueError if they are none."""
-    for line in io.BytesIO(body):
-        word, *numbers = line.strip().split(b" ")
-        yield word, np.array(numbers, np.float32)
-
-
-def binary_rows(body: bytes, n: int) -> Iterator[tuple[bytes, np.ndarray]]:
-    """A word, a blank, n float32, and mostly a line end. Raises ValueError if there is no more."""
+    A text has a row in each line; it is told by its first one, whatever the file is called: after
+    the word nothing that cannot be printed. Else n float32 follow the word and a blank.
+    """
+    if re.match(rb"\S+[ \t][ -~\t]{%d,}\r?(\n|\Z)" % (2 * n - 1), body):
+        for line in io.BytesIO(body):
+            word, *numbers = line.split()
+            yield word, np.array(numbers, np.float32)
+        return
     at = 0
     while True:
-        end = body.index(b" ", at)
-        yield body[at:end].lstrip(b"\n"), np.frombuffer(body, "<f4", n, end + 1)
-        at = end + 1 + 4 * n
+        end = body.index(b" ", at) + 1
+        yield body[at:end - 1].lstrip(b"\n"), np.frombuffer(body[end:end + 4 * n], "<f4")
+        at = end + 4 * n
 
 
 # ---- training ----
@@ -606,39 +538,27 @@ def binary_rows(body: bytes, n: int) -> Iterator[tuple[bytes, np.ndarray]]:
 
 BY_SVD = ("ppmi", "linear-skipgram")
 MODELS = (*BY_SVD, "skipgram", "cbow", "autoencoder")
-Text = tuple[list[str], Tensor, Tensor, Tensor]  # words, their counts n (V,), tokens, docs (T,)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be, before any work begins."""
-    if args.model in BY_SVD and RANKS > 1:
-        raise UserError(f"--model {args.model}: is solved at once, in one process")
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
-        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of {SPAN * RANKS}, "
-                        f"blocks of {SPAN} words on {RANKS} processes")
-    if args.model in BY_SVD and "loss" in args.given:
-        raise UserError(f"--loss: --model {args.model} is solved at once and has none")
-    if args.window > 1000:
-        raise UserError(f"--window {args.window}: at most 1000")
-    for path in args.eval:
-        read_questions(Path(path))
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {SPAN * RANKS}")
 
 
-def load_data(args: argparse.Namespace, device: torch.device, state: dict | None) -> Text:
-    """Words by falling count, their counts, and the places where they are: no rare words, and of
-    the frequent ones only those that subsampling leaves, T8; the gaps close, as in word2vec.c.
+def load_data(args: argparse.Namespace, device: torch.device,
+              state: dict | None) -> tuple[list[str], Tensor, Tensor, Tensor]:
+    """Words by falling count, their counts n (V,), and the words' places, tokens and docs (T,).
 
     A line is a document; of `python` a file's docstrings and comments are. Words of one count
-    stand as they first come. Raises UserError where there is nothing to learn.
+    stand as they first come. Rare words go, and of the frequent ones some, T8; the gaps close, as
+    in word2vec.c. Raises UserError where there is nothing to learn.
     """
     names, ids = read_words(load_text(args.data, args.cache), args.data == "python")
     n = torch.bincount(ids, minlength=len(names))
     n[[k for k, name in enumerate(names) if not name[:1].isalpha()]] = 0
     order = n.argsort(descending=True, stable=True)
     order = order[:int((n >= args.min_count).sum())][:args.vocabulary]
-    if len(order) < 2:
-        raise UserError(f"--data {args.data}: fewer than two words come {args.min_count} times or "
-                        "more; see --min-count")
     new = torch.full((len(n),), -1, dtype=torch.int32)
     new[order] = torch.arange(len(order), dtype=torch.int32)
     tokens, docs = new[ids], (ids == 0).cumsum(0, dtype=torch.int32)
@@ -646,62 +566,57 @@ def load_data(args: argparse.Namespace, device: torch.device, state: dict | None
     draw = torch.rand(len(tokens), generator=generator("cpu", args.seed, 0, 8))
     stays = draw < keep(n.double() / n.sum(), args.sample)[tokens.long()]
     tokens, docs = tokens[stays], docs[stays]
-    if not (docs[1:] == docs[:-1]).any():
-        raise UserError(f"--data {args.data}: no line has two of its {len(order):,} words, and a "
-                        "window ends with its line; see also --sample")
+    if len(n) < 2 or not (docs[1:] == docs[:-1]).any():
+        raise UserError(f"--data {args.data}: {len(n):,} words come {args.min_count} times or more "
+                        "(--min-count), and of those that --sample leaves no line has two")
     if state and state.get("counts") != n.tolist():
         raise UserError(f"--data {args.data}: is not the text that ckpt.pt was trained on")
     return [names[k] for k in order], n.to(device), tokens.to(device), docs.to(device)
 
 
-ASCII = bytes(c if c > 127 or chr(c).isalpha() else 32 for c in range(256))  # no letter: a blank
 PROSE = re.compile(rb'"""(.*?)"""|#([^\n]*\n)', re.S)
 
 
 def read_words(documents: list[bytes], prose: bool) -> tuple[list[str], Tensor]:
     """Words as they first come, and the number of each place's, int32; 0 is a line's end.
 
-    A word is a run of letters, folded, with the marks on them; what cannot be seen is no part of
-    it. prose: of docstrings and comments alone, a document's in one line.
+    A word is a run of letters, folded. prose: of docstrings and comments alone, a document's in
+    one line.
     """
-    number, ids, letters = defaultdict(), array("i"), {}
-    number.default_factory = number.__len__
-    number["\n"], number[""]  # are 0, a document's end, and 1, between two blanks
+    number, ids, letters = defaultdict(lambda: len(number), {"\n": 0}), array("i"), Letters()
     for document in documents:
         if prose:
             document = b" ".join(map(b"".join, PROSE.findall(document))).replace(b"\n", b" ")
         for line in document.split(b"\n"):
-            line = caseless(line.translate(ASCII).decode("utf-8", "replace"))
-            if not line.isascii():
-                letters |= {c: letter(c) for c in set(map(ord, line)) - letters.keys()}
-                line = line.translate(letters)
-            ids.extend(map(number.__getitem__, line.split(" ")))
+            line = caseless(line.decode("utf-8", "replace")).translate(letters)
+            ids.extend(map(number.__getitem__, line.split()))
             ids.append(0)
     return list(number), torch.frombuffer(ids, dtype=torch.int32)
 
 
-def letter(c: int) -> int | None:
-    """c, if it is a letter or a mark on one; None, if it cannot be seen; else a blank."""
-    kind = unicodedata.category(chr(c))
-    if kind == "Cf" or 0xFE00 <= c <= 0xFE0F:
-        return None
-    return c if kind[0] == "L" or kind in ("Mn", "Mc") else 32
+class Letters(dict):
+    """For str.translate: a letter and a mark on one stay, what cannot be seen goes, others are a
+    blank."""
+
+    def __missing__(self, c: int) -> int | None:
+        kind = unicodedata.category(chr(c))
+        unseen = kind == "Cf" or 0xFE00 <= c <= 0xFE0F
+        self[c] = None if unseen else c if kind[0] == "L" or kind in ("Mn", "Mc") else 32
+        return self[c]
 
 
 def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Factors:
-    """left, s, right: the SVD of what --model factors. Raises UserError if that is nothing."""
+    """left, s, right: the SVD of what --model factors; N, its own mirror, makes M' of M's cells."""
     i, j, n = count(tokens, docs, V, args.window)
     n = n.double() / args.window
     n_w = torch.bincount(i, n, minlength=V)
     if args.model == "ppmi":
-        P = negatives_law(n_w, args.smoothing)
-        x, xt = (pmi(n, n_w[w], P[c], args.shift, args.discount) for w, c in ((i, j), (j, i)))
+        P = negatives_law(n_w, 1)
+        x, xt = (pmi(n, n_w[w], P[c], discount=1) for w, c in ((i, j), (j, i)))
     else:
         d = n_w.clamp(min=1e-30).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
         x, xt = n / d[i], n / d[j]
-    if not (x.isfinite().all() and x.any()):
-        raise UserError(f"--shift {args.shift} --smoothing {args.smoothing}: leave no numbers")
-    M, Mt = sparse(i, j, x, V), sparse(i, j, xt, V)  # N is its own mirror: M' has the same cells
+    M, Mt = sparse(i, j, x, V), sparse(i, j, xt, V)
     left, s, right = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)
     return left if args.model == "ppmi" else left / d[:, None].float(), s, right
 
@@ -717,13 +632,13 @@ def build(args: argparse.Namespace, V: int, device: torch.device) -> tuple[Word2
 
 
 def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, state: dict | None,
-            progress: "Progress") -> Word2Vec:
-    """The net, trained by Adam until args.steps; the rate falls to zero."""
+            progress: "Progress") -> Factors:
+    """U, ones, out of a net trained by Adam until args.steps; the rate falls to zero."""
     device, V, L = tokens.device, len(n), args.window
     net, parts = build(args, V, device)
     first, opt = restore(state, parts), parts["opt"]
     wrapped = nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
-    law = negatives_law(n, args.power).cumsum(0)
+    law = negatives_law(n, 0.75).cumsum(0)
     batch, blocks, counts = args.batch_size // SPAN, -(-len(tokens) // SPAN), n.tolist()
 
     def save(step: int, end: bool) -> None:
@@ -744,16 +659,15 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, s
         opt.step()
         opt.zero_grad()
         progress.add(step + 1, loss=value.detach() / mass.clamp(min=1e-9), lr=lr)
-    return net
+    return net.U.detach(), net.U.new_ones(args.dim), net.out.detach()
 
 
 def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
     """The whole run: text, vectors, report, metrics.json."""
     begin, by_svd = time.perf_counter(), args.model in BY_SVD
     words, n, tokens, docs = load_data(args, device, state)
-    chosen = choose(args.words, words)
     for path in args.eval:  # a file of no use is refused before the work
-        known_lines(Path(path), words)
+        read_questions(Path(path), words)
     make_room(args)
     steps = args.steps or (30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size))
     args = argparse.Namespace(**vars(args) | dict(steps=steps))  # now that the text is known
@@ -762,27 +676,19 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     say(f"{n.sum():,} words, {len(words):,} of them different; --sample leaves {len(tokens):,}")
     read = time.perf_counter()
     if by_svd:
-        W = vectors(*solve(args, tokens, docs, len(words)), args.p, args.plus)
-        if not W.isfinite().all():
-            raise UserError(f"--p {args.p}: the vectors are too large for float32")
+        factors = solve(args, tokens, docs, len(words))
         progress.add(args.steps)
     else:
-        net = descend(args, tokens, docs, n, state, progress)
-        W = (net.U + net.out if args.plus else net.U).detach()
-    done = time.perf_counter()
-    if RANK:
-        return
-    write_vectors(Path(args.out) / "vectors.bin", words, W)
-    if args.text:
-        write_vectors(Path(args.out) / "vectors.txt", words, W)
+        factors = descend(args, tokens, docs, n, state, progress)
+    W = vectors(*factors, args.p, args.plus)
+    if not (W.isfinite().all() and W.any()):
+        raise UserError(f"--p {args.p}: vectors of nothing, or too large for float32")
     metrics = dict(words=int(n.sum()), sampled=len(tokens), vocabulary=len(words),
                    model=args.model, seed=args.seed, step=args.steps,
-                   read_seconds=read - begin, train_seconds=done - read)
-    metrics |= report(args, words, W, chosen)
-    near = torch.cat([chosen[:8, None], neighbours(W, chosen[:8], 5)[1].cpu()], 1)
-    ids, group = near.flatten().tolist(), torch.arange(near.numel()) // near.shape[1]
-    write_png(Path(args.out) / "pca.png", pca_picture(W[ids], [words[k] for k in ids], group))
-    write_metrics(args, metrics)
+                   read_seconds=read - begin, train_seconds=time.perf_counter() - read)
+    if not RANK:
+        write_vectors(Path(args.out) / "vectors.bin", words, W)
+        write_metrics(args, metrics | report(args, words, W))
 
 
 SHOWN = "file string error integer thread server function month film actor good queen".split()
@@ -797,9 +703,10 @@ def choose(asked: list[str], words: list[str]) -> Tensor:
     return torch.tensor([find(w) for w in asked or common])
 
 
-def report(args: argparse.Namespace, words: list[str], W: Tensor, chosen: Tensor) -> dict:
-    """The neighbours of the words chosen, and the scores on --eval's files; says them too."""
-    near, scores = {}, {}
+def report(args: argparse.Namespace, words: list[str], W: Tensor) -> dict:
+    """The neighbours of words, by --query if there are any, and the scores on --eval's files; says
+    them too."""
+    near, scores, chosen = {}, {}, choose(args.query, words)
     for k, cosines, ids in zip(chosen.tolist(), *(v.tolist() for v in neighbours(W, chosen, 8))):
         near[words[k]] = [[words[c], x] for c, x in zip(ids, cosines)]
         say(f"{words[k]:>12}  " + "  ".join(f"{word} {x:.2f}" for word, x in near[words[k]]))
@@ -815,23 +722,20 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict | No
     if args.new_words:
         return show_new_words(Path(args.new_words), args.rank)
     words, W = read_vectors(Path(args.vectors or newest(args, "vectors.bin")))
-    report(args, words, W.to(device), choose(args.query, words))
+    report(args, words, W.to(device))
 
 
 def show_new_words(path: Path, k: int) -> None:
     """4208 衍生新词: the 40 likeliest words of two letters that the list lacks, at rank k."""
-    rows = [line.split() for line in read_lines(path)]
-    if bad := [row for row in rows if len(row) < 2 or not row[1].isdecimal()]:
-        raise UserError(f"--new-words {path}: not a word and its count: {' '.join(bad[0])[:60]}")
-    listed = [(row[0], int(row[1])) for row in rows if len(row[0]) == 2 and int(row[1]) >= 100]
-    first, second = (sorted({word[at] for word, _ in listed}) for at in (0, 1))
+    rows = [re.match(r"(\S+)\s+(\d+)(\s|$)", line.lstrip()) for line in read_lines(path)]
+    if None in rows:
+        raise UserError(f"--new-words {path}: line {rows.index(None) + 1}: not a word, its count")
+    n = {row[1]: float(row[2]) for row in rows if len(row[1]) == 2 and int(row[2]) >= 100}
+    (first, i), (second, j) = (np.unique([w[at] for w in n], return_inverse=True) for at in (0, 1))
     if min(len(first), len(second)) <= k:
-        raise UserError(f"--new-words {path}: too few words of two letters and count 100 or "
-                        f"more for --rank {k}")
+        raise UserError(f"--new-words {path}: too few words, two letters, 100 times; see --rank")
     M = torch.zeros(len(first), len(second))
-    row, column = ({c: k for k, c in enumerate(letters)} for letters in (first, second))
-    for word, n in listed:
-        M[row[word[0]], column[word[1]]] = n
+    M[i, j] = torch.tensor([*n.values()])
     say("  ".join(f"{first[r]}{second[c]} {x:.1f}" for r, c, x in new_words(M, k, 40)))
 
 
@@ -840,9 +744,8 @@ def show_new_words(path: Path, k: int) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     experiment = dict(
         # flag            CPU        --gpu    least  meaning
-        data=            ("python",  "text8", None,  "python (docstrings and comments of the "
-                          "standard library), text8, enwik8, shakespeare, or a file: text, .gz "
-                          ".bz2 .xz .zip; every line is a document"),
+        data=            ("python",  "text8", None,  "python (its docstrings and comments), text8, "
+                          "enwik8, shakespeare, or a text, .gz .bz2 .xz .zip; a line, a document"),
         steps=           (0,                  0,     "in all, resumed ones included"),
         batch_size=      (1024,      8192,    1,     "global, over all processes"),
         seed=            (0,                  0,     "of weights, noise and order"),
@@ -850,37 +753,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                           "SVD, whose rounds are --steps (0: 30); the others descend by gradient"),
         loss=            ("negative",         ("negative", "softmax"), "of models that descend"),
         dim=             (100,       300,     2,     "n, numbers per word"),
-        window=          (5,                  1,     "L, the farthest neighbour; a distance d "
-                          "weighs (L - d + 1) / L"),
+        window=          (5,                  1,     "L; a distance d weighs (L - d + 1) / L"),
         min_count=       (5,                  1,     "drop words that come less often"),
         vocabulary=      (100_000,            2,     "keep at most as many, the most frequent"),
-        sample=          (1e-3,               0,     "subsampling's t: of words more frequent than "
-                          "that some are dropped; 0: none"),
-        shift=           (1.0,                1e-3,  "k of the shift log k of ppmi"),
-        smoothing=       (1.0,                0,     "of ppmi: power of the contexts' counts"),
-        discount=        (1.0,                0,     "a pair seen n times weighs "
-                          "n / (n + discount) in ppmi"),
-        p=               (0.5,                0,     "vectors are U s^p"),
+        sample=          (1e-3,               0,     "t of subsampling frequent words; 0: none"),
+        p=               (0.5,                0,     "an SVD's vectors are U s^p"),
         plus=            (False,              None,  "add the vectors of context words, w + c"),
         negative=        (5,                  1,     "k, negatives per pair"),
-        power=           (0.75,               0,     "of the counts, in the law of negatives"),
         shared_negatives=(256,       1024,    1,     "drawn once a step, for all pairs"),
         lr=              (1e-2,               0,     "Adam's rate at the start; it falls to zero"),
-        epochs=          (5.0,                1e-9,  "passes over the text of models that descend, "
-                          "where --steps is 0"))
+        epochs=          (5.0,                1e-9,  "of a descent where --steps is 0"))
     others = dict(
         save_every=      (500,       2000,    1,     "steps between checkpoints"),
-        eval=            ([],                 None,  "files to score by: \"word word score\" a "
-                          "line, or analogies as in questions-words.txt"),
-        text=            (False,              None,  "also write vectors.txt"),
-        words=           ([],                 None,  "whose neighbours to show and draw"),
-        query=           ([],                 None,  "train nothing: neighbours in vectors.bin of "
-                          "OUT, without --out of the newest run"),
-        vectors=         ("",                 None,  "train nothing: --query and --eval these "
-                          "vectors, a file in any of word2vec's formats"),
-        new_words=       ("",                 None,  "train nothing: new words from lines "
-                          "\"word count\", 4208"),
-        rank=            (10,                 1,     "classes of letters for --new-words"))
+        eval=            ([],  None, "score by files: \"word word score\" a line, or analogies"),
+        query=           ([],  None, "train nothing: neighbours in the newest run's vectors.bin"),
+        vectors=         ("",  None, "train nothing: --query, --eval these, of any program"),
+        new_words=       ("",  None, "train nothing: 4208's new words, from lines \"word count\""),
+        rank=            (10,  1,    "classes of letters for --new-words"))
     return read_flags("w2v_svd", __doc__.partition("\n")[0], argv, experiment, others)
 
 
@@ -1370,31 +1259,6 @@ class Progress:
                 print(*row.values(), sep=",", file=file)
         except OSError as error:
             STOP.append(error)  # so that the loop saves first
-# === end shared ===
-
-
-# === shared: png ===
-def grid(images: Tensor, columns: int) -> Tensor:
-    """uint8 (N, C, H, W) -> (C, H', W'): rows of `columns`, white lines between, small enlarged."""
-    scale = max(1, 96 // max(images.shape[2:]))
-    sheet = F.pad(images, (0, 1, 0, 1, 0, 0, 0, -len(images) % columns), value=255)
-    sheet = sheet.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # (C, rows, H, columns, W)
-    sheet = sheet.flatten(3).flatten(1, 2)[:, :-1, :-1]
-    return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-
-
-def write_png(path: Path, image: Tensor) -> None:
-    """Writes uint8 (C, H, W), C = 1 grey or 3 RGB. Raises ValueError for another C."""
-    c, h, w = image.shape
-    if c not in (1, 3):
-        raise ValueError(f"{c} channels: a PNG here has 1 or 3")
-    head = struct.pack(">2I5B", w, h, 8, c - 1, 0, 0, 0)  # kind 0 is grey, 2 is RGB
-    lines = F.pad(image.cpu().permute(1, 2, 0).reshape(h, c * w), (1, 0))  # each begins: filter 0
-    png = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", head), (b"IDAT", zlib.compress(lines.numpy())), (b"IEND", b"")):
-        png += struct.pack(">I", len(body)) + kind + body
-        png += struct.pack(">I", zlib.crc32(kind + body))
-    path.write_bytes(png)
 # === end shared ===
 
 

@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/experiments")]
 import ddpm  # noqa: E402
 import hier_pos_bert  # noqa: E402
 import rope  # noqa: E402
 import transformer_vq  # noqa: E402
+import w2v_map  # noqa: E402
 import w2v_svd  # noqa: E402
 
 SIDE = 393  # four faces of 96 pixels with white lines between
@@ -121,7 +122,7 @@ def words(out: Path) -> Tensor:
     for k, row in enumerate(rows):
         first.setdefault(row, k)
     keep = list(first.values())
-    return w2v_svd.pca_picture(W[[rows[k] for k in keep]], [names[rows[k]] for k in keep], group[keep], SIDE)
+    return w2v_map.pca_picture(W[[rows[k] for k in keep]], [names[rows[k]] for k in keep], group[keep], SIDE)
 
 
 def main(argv: list[str] | None = None) -> int:

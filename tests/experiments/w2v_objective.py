@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     args = w.parse_args([*flags, "--model=skipgram"])
     words, n, tokens, docs = w.load_data(args, torch.device("cpu"), None)
     N, dim = w2v_arms.dense(*w.count(tokens, docs, len(words), L), len(words)) / L, min(opt.dim, len(words))
-    P, n_w = w.negatives_law(N.sum(1), args.power), N.sum(1, keepdim=True)
+    P, n_w = w.negatives_law(N.sum(1), 0.75), N.sum(1, keepdim=True)
     best = w.sgns_optimum(N, n_w, P, k).clamp(min=-99)
     print(f"{'the most there is (T5)':48}{sgns_objective(N, best, P, k):.4f}", flush=True)
     M = w.pmi(N, n_w, P, 1).nan_to_num(0)
