@@ -58,6 +58,26 @@ DRAWS = {  # what a run draws, and the same drawn again from its checkpoint
     "rope": ("--sample-only 2", "samples.txt", "samples_only.txt"),
     "transformer_vq": ("--sample-only 2", "samples.txt", "samples_only.txt"),
 }
+SAYS = {  # lines that a run prints of metrics.json, m
+    "bigan_qp": lambda m: [f"come back at {m['psnr']:.1f} dB; the mean picture has {m['psnr_mean']:.1f}, 2 principal components "
+                           f"{m['psnr_pca']:.1f}"],
+    "ddpm": lambda m: [f"held-out loss {m['held_out_loss_ema']:.4f}; Frechet distance {m['frechet']:.3g}, of held-out pictures "
+                       f"{m['frechet_floor']:.3g}\n"],
+    "nvae": lambda m: [f"held out: {m['importance_nats']:.2f} nats or {m['importance_bits_per_dim']:.3f} bits per dimension",
+                       f"Frechet distance {m['frechet']:.3g}, of held-out pictures {m['frechet_floor']:.3g}\n"],
+    "o_gan": lambda m: [f"rho {m['rho']:.3f}; held-out reconstructions {m['psnr']:.1f} dB, the mean picture {m['psnr_mean']:.1f}\n"],
+    "rope": lambda m: [f"test: {m['test_bits_per_byte']:.3f} bits per byte, standard error {m['test_standard_error']:.3f}, at "
+                       f"length 16 ({m['test_bytes']:,} bytes; on the same ones  "
+                       + "  ".join(f"{k} {v:.3f}" for k, v in m["baselines"].items()) + ")"],
+    "hier_pos_bert": lambda m: [f"accuracy on {m['asked']:,} masked tokens (the commonest token everywhere: {100 * m['unigram']:.1f} %)",
+                                f"{'at 8':44}{100 * m['at_n']:5.1f} %", f"{'at 8, as many steps':44}{100 * m['control']:5.1f} %",
+                                *(f"{f'at 16, not tuned, {k}':44}{100 * v:5.1f} %" for k, v in m["before"].items()),
+                                *(f"{f'at 16, 1 steps, {k}':44}{100 * v:5.1f} %" for k, v in m["after"].items())],
+    "transformer_vq": lambda m: [f"  {way:12} {near:.4f} to 16    " + "".join(f"{x:8.3f}" for x in m["by_position"][way]) + "\n"
+                                 for way, near in m["bits_per_byte"].items()],
+    "w2v_svd": lambda m: [f"{word:>12}  " + "  ".join(f"{other} {x:.2f}" for other, x in row) + "\n"
+                          for word, row in m["neighbours"].items()],
+}
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -210,6 +230,7 @@ def equal_runs(a, b, previews=True):
 
 def test_every_script_has_its_rows():
     assert set(SHORT) >= set(SCRIPTS) <= set(ALONE)
+    assert set(SAYS) == set(SCRIPTS)
     for name in SCRIPTS:
         assert (name in DRAWS) == ("sample_only" in vars(importlib.import_module(name).parse_args([])))
 
@@ -228,6 +249,13 @@ def test_alone_in_an_empty_folder(script):
     assert {"ckpt.pt", "log.csv", "metrics.json"} <= {p.name for p in out.iterdir()} and results(out)
     assert list(log(out)) == [1, 2] and metrics(out)["step"] == 2 == state(out)["step"]
     assert said.strip().splitlines()[-1].endswith(f"out/{script.name}/") and "step 2/2  " in said
+
+
+def test_what_is_said_is_what_is_written(script):
+    code, said, _ = script("--steps 3")
+    found = metrics(script.out)
+    lines = SAYS[script.name](found)
+    assert code == 0 and lines and not [line for line in lines if line not in said], said
 
 
 def test_straight_is_cut_and_resumed(script, monkeypatch, every_step):
