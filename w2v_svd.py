@@ -80,7 +80,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Factors = tuple[Tensor, Tensor, Tensor]  # left (m, n), s (n,) falling, right (m', n)
-Cells = tuple[Tensor, Tensor, Tensor]  # i, j, x (C,): a sparse matrix, by rows, each cell once
 
 
 # ---- the posts: 4122, 4208, 4216, 4233 ----
@@ -223,8 +222,9 @@ def keep(f: Tensor, t: float) -> Tensor:
 
 # ---- counting: 4233's windows, in expectation ----
 
-def count(tokens: Tensor, docs: Tensor, V: int, L: int, size: int = 10 << 20) -> Cells:
-    """L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
+def count(tokens: Tensor, docs: Tensor, V: int, L: int,
+          size: int = 10 << 20) -> tuple[Tensor, Tensor, Tensor]:
+    """The cells of L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
 
     A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
     whole numbers, alike for any size, of pairs at once. Windows end with documents.
@@ -242,8 +242,8 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int, size: int = 10 << 20) ->
         key = sort(torch.cat(keys))
         parts.append(add_up(key >> bits, key & (1 << bits) - 1))
     keys, sums = (torch.cat(part) for part in zip(*parts))
-    keys, order = arrange(keys)
-    keys, sums = add_up(keys, sums[order])
+    order = keys.argsort() if keys.is_cuda else torch.from_numpy(keys.numpy().argsort())
+    keys, sums = add_up(keys[order], sums[order])
     return keys // V, keys % V, sums
 
 
@@ -255,17 +255,8 @@ def pairs(tokens: Tensor, docs: Tensor, s: int, e: int, d: int) -> tuple[Tensor,
 
 
 def sort(keys: Tensor) -> Tensor:
-    """Sorted int64 keys; on the CPU by NumPy, whose vector sort is several times faster."""
+    """Sorted int64 keys; on the CPU by NumPy, which is several times faster."""
     return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
-
-
-def arrange(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted int64 keys >= 0, and their order; on the CPU both in one number, if it fits."""
-    bits = len(keys).bit_length()
-    if keys.is_cuda or (keys >> 63 - bits).any():
-        return keys.sort()
-    both = sort(keys << bits | torch.arange(len(keys)))
-    return both >> bits, both & (1 << bits) - 1
 
 
 def add_up(keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,17 +383,15 @@ def caseless(text: str) -> str:
 
 def finder(words: list[str]) -> Callable[[str], int]:
     """The number of a word: as it is spelt, else the first of its caseless kind, else -1."""
-    spelt, folded = {}, {}
-    for k, word in enumerate(words):
-        spelt.setdefault(word, k)
-        folded.setdefault(caseless(word), k)
+    backwards = range(len(words))[::-1]  # of words that are alike the first is put last, and stays
+    spelt = {words[k]: k for k in backwards}
+    folded = {caseless(words[k]): k for k in backwards}
     return lambda word: spelt.get(word, folded.get(caseless(word), -1))
 
 
 def neighbours(W: Tensor, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Cosines and numbers (B, count) of rows of W (V, n) nearest to rows ids (B,), not these."""
     W = F.normalize(W.float(), dim=1)
-    ids = ids.to(W.device)
     cosine = (W[ids] @ W.mT).scatter_(1, ids[:, None], -math.inf)
     return cosine.topk(min(count, len(W) - 1))
 
@@ -706,14 +695,13 @@ def choose(asked: list[str], words: list[str]) -> Tensor:
 def report(args: argparse.Namespace, words: list[str], W: Tensor) -> dict:
     """The neighbours of words, by --query if there are any, and the scores on --eval's files; says
     them too."""
-    near, scores, chosen = {}, {}, choose(args.query, words)
+    near, scores, chosen = {}, {}, choose(args.query, words).to(W.device)
     for k, cosines, ids in zip(chosen.tolist(), *(v.tolist() for v in neighbours(W, chosen, 8))):
         near[words[k]] = [[words[c], x] for c, x in zip(ids, cosines)]
         say(f"{words[k]:>12}  " + "  ".join(f"{word} {x:.2f}" for word, x in near[words[k]]))
     for path in args.eval:
         scores[path] = evaluate(Path(path), words, W)
-        asked, of, *rest = scores[path].items()
-        say(f"{path}: {asked[1]} of {of[1]} asked;  " + ";  ".join(f"{k} {v:.3f}" for k, v in rest))
+        say(f"{path}: " + ",  ".join(f"{k} {round(v, 3)}" for k, v in scores[path].items()))
     return dict(neighbours=near, scores=scores)
 
 
