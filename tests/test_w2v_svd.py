@@ -840,7 +840,8 @@ def test_a_text_whose_rows_are_damaged_is_not_taken_for_binary(row, damaged):
 @pytest.mark.parametrize("body", [
     b"", b"2 3\na ", b"not a head\n", b"1 2\na 1 x\n", b"9 1\na 1\n", b"0 5\n", b"0 5\na 1 2 3 4 5\n", b"1 0\na\n",
     b"-1 -2\na 1 2\n", b"99999999999 300\na 1 2\n", b"1000000000 1000\na 1\n", b"2 3\na 1 2 3\nb 1\n",
-    b"2 3\na 1 2 3\nb 1 2 3 4\n", b"2 2\na 1 2\nb 1 nan\n", b"2 2\na 1 2\n", b"a 1 2\nb 3 4\n",
+    b"2 2\na 1 2 3\nb 1 2 3\n", b"3 2\na 1.000 2.000\nb 3.000 4.000\n", b"2 3\na 1 2 3\nb 1 2 3 4\n",
+    b"2 2\na 1 2\nb 1 nan\n", b"2 2\na 1 2\n", b"a 1 2\nb 3 4\n",
     b"1 2\na " + struct.pack("<2f", 1, math.inf), b"2 2\na " + struct.pack("<2f", 1, 2) + b"b \0\0\0\0\0\0\0"])
 def test_damaged_vectors_are_refused(body):
     for name in ("v.bin", "v.txt"):
