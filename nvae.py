@@ -97,7 +97,7 @@ def top_down(groups: Iterable[nn.Module], h: Tensor, features: list[Tensor] | No
         else:
             d_mu, d_sigma = group.p(s, features[l])  # p(z_l | z_<l, x)
             mean, deviation = relative(mu, sigma, d_mu, d_sigma)
-            z = mean + deviation * eps[l]
+            z = group.flow(mean + deviation * eps[l])  # as it is, but for --flows
             moments.append((mu, sigma, d_mu, d_sigma))
         s = group.take(s, z)
         zs.append(z)
@@ -152,10 +152,8 @@ def spectral_norms(convs: list["Conv"], iterations: int) -> Tensor:
     return torch.cat(norms)
 
 
-def penalty(net: nn.Module, iterations: int) -> Tensor:
+def penalty(convs: list["Conv"], gammas: list[Tensor], iterations: int) -> Tensor:
     """What keeps the KL from blowing up: all spectral norms, and the size of BatchNorm's gamma."""
-    convs = [m for m in net.modules() if isinstance(m, Conv)]
-    gammas = [m.weight for m in net.modules() if isinstance(m, BatchNorm)]
     # departs: the largest |gamma| of a layer, as the paper; the post says its norm
     return spectral_norms(convs, iterations).sum() + sum(gamma.abs().max() for gamma in gammas)
 
@@ -167,25 +165,22 @@ def reestimate(net: "NVAE", batches: Iterable[list[Tensor]], temperature: float)
     The post: those kept while training are poor. Each batch is normalised by its own moments; the
     average over batches stays. Without batches nothing changes; one picture a batch will do.
     """
-    layers = [m for part in (net.groups, net.post) for m in part.modules()
-              if isinstance(m, BatchNorm)]
-    sums = {layer: torch.zeros_like(torch.stack([layer.running_mean, layer.running_var]))
-            for layer in layers}
+    sums = {}  # of the moments that a layer has met; the encoder's layers meet none
 
     def look(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         var, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(var)
-        sums[layer] += torch.stack([mean, var])
+        sums[layer] = sums.get(layer, 0) + torch.stack([mean, var])
 
-    hooks, count = [layer.register_forward_pre_hook(look) for layer in layers], 0
+    hooks = [m.register_forward_pre_hook(look) for m in net.modules() if isinstance(m, BatchNorm)]
     for count, eps in enumerate(batches, start=1):
         net.generate(eps, temperature)
-    for hook, (layer, total) in zip(hooks, sums.items()):
+    for layer, total in sums.items():
+        layer.running_mean.copy_(total[0] / count)
+        layer.running_var.copy_(total[1] / count)
+    for hook in hooks:
         hook.remove()
-        if count:
-            layer.running_mean.copy_(total[0] / count)
-            layer.running_var.copy_(total[1] / count)
 
 
 # ---- beyond the post: how the KL is weighed, laws of pictures, the importance bound ----
@@ -213,8 +208,8 @@ class Bernoulli:
 
     def log_prob(self, y: Tensor) -> Tensor:
         """log q(y|z), (B,), of y in {0, 1}."""
-        return -F.binary_cross_entropy_with_logits(self.logits, y.float(), reduction="none"
-                                                   ).sum((1, 2, 3))
+        each = F.binary_cross_entropy_with_logits(self.logits, y.float(), reduction="none")
+        return -each.sum((1, 2, 3))
 
     def mean(self) -> Tensor:
         """Pictures (B, 1, H, W) in [-1, 1]."""
@@ -278,9 +273,22 @@ class DiscretizedLogisticMixture:
         return x
 
 
+Law = Bernoulli | DiscretizedLogisticMixture
+
+
 def bits_per_dim(nats: float, dims: int) -> float:
     """Nats a picture as bits a number of it."""
     return nats / (dims * math.log(2))
+
+
+def kl_draws(zs: list[Tensor], eps: list[Tensor], moments: list[Moments]) -> Tensor:
+    """log p(z_l|z_<l, x) - log q(z_l|z_<l), (L, B): the terms of (3) by the draw z of eps alone.
+
+    p's density is that of eps over the deviation sigma d_sigma, for a Flow leaves volumes alone.
+    """
+    terms = [((z - mu) / sigma).square() / 2 - e.square() / 2 - d_sigma.log()
+             for z, e, (mu, sigma, _, d_sigma) in zip(zs, eps, moments)]
+    return torch.stack([term.sum((1, 2, 3)) for term in terms])
 
 
 @torch.no_grad()
@@ -291,18 +299,10 @@ def importance_bound(net: "NVAE", y: Tensor, K: int, g: torch.Generator) -> Tens
     """
     features, log_w = net.encode(y), []
     for _ in range(K):
-        s, zs, moments = top_down(net.groups, net.h, features, net.noise(len(y), g))
-        ratio = 0
-        for z, (mu, sigma, *change) in zip(zs, moments):
-            p = relative(mu, sigma, *change)
-            ratio = ratio + (log_normal(z, mu, sigma) - log_normal(z, *p)).sum((1, 2, 3))
-        log_w.append(net.law(s).log_prob(y) + ratio)
+        eps = net.noise(len(y), g)
+        s, zs, moments = top_down(net.groups, net.h, features, eps)
+        log_w.append(net.law(s).log_prob(y) - kl_draws(zs, eps, moments).sum(0))
     return math.log(K) - torch.stack(log_w).logsumexp(0)
-
-
-def log_normal(z: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-    """log N(z; mean, deviation^2) but for log sqrt(2 pi), which (q over p) does not need."""
-    return -((z - mean) / deviation).square() / 2 - deviation.log()
 
 
 # ---- model ----
@@ -311,28 +311,36 @@ class Conv(nn.Conv2d):
     """A convolution; normed: of kernel exp(log_norm) w / |w| for each output, and with a bias.
 
     kernel = stride takes patches. u: the vector of the power iteration, kept in the checkpoint.
+    mask: where w may differ from zero.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1,
-                 normed: bool = True):
+                 normed: bool = True, mask: Tensor | None = None):
         super().__init__(inputs, outputs, kernel, stride, 0 if kernel == stride else kernel // 2,
                          groups=groups, bias=normed)
-        norm = self.weight.detach().flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-        self.log_norm = nn.Parameter(norm.log()) if normed else None
+        self.register_buffer("mask", mask, persistent=False)
+        self.log_norm = None
+        if normed:
+            norm = torch.linalg.vector_norm(self.kernel().detach(), dim=(1, 2, 3), keepdim=True)
+            self.log_norm = nn.Parameter(norm.log())
         self.register_buffer("u", F.normalize(torch.randn(outputs), dim=0))
 
     def kernel(self) -> Tensor:
+        w = self.weight if self.mask is None else self.weight * self.mask
         if self.log_norm is None:
-            return self.weight
-        norm = torch.linalg.vector_norm(self.weight, dim=(1, 2, 3), keepdim=True)
-        return self.weight * (self.log_norm.exp() / norm)
+            return w
+        norm = torch.linalg.vector_norm(w, dim=(1, 2, 3), keepdim=True)
+        return w * (self.log_norm.exp() / norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel(), self.bias, self.stride, self.padding, groups=self.groups)
 
 
+MOMENTUM = 0.05  # share of a batch in BatchNorm's running averages
+
+
 def batch_norm(channels: int) -> nn.Module:
-    return BatchNorm(channels, eps=1e-5, momentum=0.05)
+    return BatchNorm(channels, momentum=MOMENTUM)
 
 
 class SE(nn.Module):
@@ -376,23 +384,24 @@ class Cell(nn.Module):
         return self.skip(x) + self.factor * self.branch(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.forget and self.training and torch.is_grad_enabled():
-            return checkpoint(self.inner, x, use_reentrant=False, preserve_rng_state=False,
-                              context_fn=lambda: (nullcontext(), self.again()))
-        return self.inner(x)
+        if not (self.forget and self.training):
+            return self.inner(x)
+        # a compiled graph changes BatchNorm's averages once, however often it computes a cell
+        how = {} if torch.compiler.is_compiling() else \
+            dict(context_fn=lambda: (nullcontext(), self.again()))
+        return checkpoint(self.inner, x, use_reentrant=False, preserve_rng_state=False, **how)
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Inside, BatchNorm's running averages, which have seen this batch, stay as they are."""
         layers = [m for m in self.modules() if isinstance(m, BatchNorm)]
-        before = [layer.momentum for layer in layers]
         for layer in layers:
             layer.momentum = 0.0
         try:
             yield
         finally:  # torch leaves by an exception as soon as it has what it needs
-            for layer, momentum in zip(layers, before):
-                layer.momentum = momentum
+            for layer in layers:
+                layer.momentum = MOMENTUM
 
 
 def encoder_cell(inputs: int, outputs: int, factor: float, forget: bool) -> Cell:
@@ -422,19 +431,43 @@ def soft_clamp(x: Tensor) -> Tensor:
     return 5 * torch.tanh(x.float() / 5)
 
 
+class Flow(nn.Module):
+    """Half an autoregressive flow, (B, Z, n, n): z - shift(z), turned round for the other half.
+
+    A number's shift depends on those before it alone, pixels in rows, a pixel's channels in turn:
+    before the turn the Jacobian is triangular with ones on its diagonal, so log |det| = 0.
+    """
+
+    def __init__(self, latent: int):
+        super().__init__()
+        z = torch.arange(latent).view(-1, 1, 1, 1)
+        h = z.repeat_interleave(6, dim=0)  # the channel of z that each hidden one is to shift
+        near, far = (torch.arange(k * k).view(k, k) - k * k // 2 for k in (3, 5))  # < 0: before
+        # departs: one ELU where the paper's code has two in a row
+        self.shift = nn.Sequential(
+            Conv(latent, len(h), 3, mask=latent * near + z.transpose(0, 1) < h), nn.ELU(),
+            Conv(len(h), len(h), 5, groups=len(h), mask=far <= 0), nn.ELU(),
+            Conv(len(h), latent, mask=h.transpose(0, 1) <= z))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z - self.shift(z)).flip(1, 2, 3)
+
+
 class Group(nn.Module):
     """z_l: its cells on the way from the group above, and what makes q(z_l|z_<l), p(z_l|z_<l, x).
 
     The first has neither cells nor a prior to learn: q(z_1) = N(0, 1).
     """
 
-    def __init__(self, cells: list[nn.Module], channels: int, latent: int, first: bool):
+    def __init__(self, cells: list[nn.Module], channels: int, latent: int, first: bool,
+                 flows: int = 0):
         super().__init__()
         self.cells, self.latent = nn.Sequential(*cells), latent
         self.prior = None if first else nn.Sequential(nn.ELU(), Conv(channels, 2 * latent))
         self.know = None if first else Conv(channels, channels)
         self.see = Conv(channels, 2 * latent, 3)
         self.merge = Conv(channels + latent, channels)
+        self.flow = nn.Sequential(*(Flow(latent) for _ in range(2 * flows)))
 
     def q(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """s on this group's side; mu and sigma of q(z_l|z_<l), each (B, Z, n, n)."""
@@ -468,14 +501,16 @@ class NVAE(nn.Module):
 
     def __init__(self, channels: int, size: int, width: int, scales: int, groups: int,
                  min_groups: int, latent: int, cells: int, expand: int, stem: int, stem_cells: int,
-                 patch: int, factor: float, bits: int, mixtures: int, forget: bool):
+                 patch: int, factor: float, bits: int, mixtures: int, forget: bool, flows: int):
         super().__init__()
         grey, counts = channels == 1, group_counts(scales, groups, min_groups)
-        self.bits, self.size = 1 if grey else bits, size
-        self.spare = -size % (patch << stem + scales - 1)
-        fine = (size + self.spare) // (patch << stem)
-        self.shapes = [(latent, fine >> k, fine >> k) for k in range(scales)
-                       for _ in range(counts[k])][::-1]  # of z_1, ..., z_L
+        spare = -size % (patch << stem + scales - 1)
+        self.border = (spare // 2, spare - spare // 2) * 2  # of black pixels
+        self.inside = slice(spare // 2, spare // 2 + size)
+        fine = (size + spare) // (patch << stem)
+        scale = [k for k in range(scales) for _ in range(counts[k])][::-1]  # of z_1, ..., z_L
+        self.shapes = [(latent, fine >> k, fine >> k) for k in scale]
+        self.bits = 1 if grey else bits
         encode = functools.partial(encoder_cell, factor=factor, forget=forget)
         decode = functools.partial(decoder_cell, factor=factor, forget=forget)
 
@@ -488,27 +523,23 @@ class NVAE(nn.Module):
             c *= 2
         post = post or [decode(c, c, 3) for _ in range(stem_cells)]
 
+        widths = [c << k for k in scale]  # c: the finest scale's channels
         self.tower = nn.ModuleList()  # a part for each group, from the finest up to z_1
-        for k, count in enumerate(counts):
-            c *= 2 if k else 1
-            for l in range(count):
-                halve = [encode(c // 2, c)] if k and not l else []
-                self.tower.append(nn.Sequential(*halve, *(encode(c, c) for _ in range(cells))))
+        for below, c in itertools.pairwise([c, *widths[::-1]]):
+            halve = [encode(below, c)] if below < c else []
+            self.tower.append(nn.Sequential(*halve, *(encode(c, c) for _ in range(cells))))
         self.top = nn.Sequential(nn.ELU(), Conv(c, c), nn.ELU())
         self.h = nn.Parameter(torch.randn(1, c, *self.shapes[0][1:]))
-        self.groups = nn.ModuleList([Group([], c, latent, first=True)])  # from z_1 down
-        for k, count in enumerate(counts[::-1]):
-            c //= 2 if k else 1
-            for l in range(0 if k else 1, count):
-                double = [decode(2 * c, c, expand)] if k and not l else []
-                path = [*double, *(decode(c, c, expand) for _ in range(cells))]
-                self.groups.append(Group(path, c, latent, first=False))
+        self.groups = nn.ModuleList([Group([], c, latent, True, flows)])  # from z_1 down
+        for above, c in itertools.pairwise(widths):
+            double = [decode(above, c, expand)] if above > c else []
+            path = [*double, *(decode(c, c, expand) for _ in range(cells))]
+            self.groups.append(Group(path, c, latent, False, flows))
 
         last = Conv(width, (1 if grey else 10 * mixtures) * patch ** 2, 3 if patch == 1 else 1)
         self.post = nn.Sequential(*post, nn.ELU(), last, nn.PixelShuffle(patch))
         self.register_buffer("floor", torch.tensor(0.0))  # of log-scales; train lets it fall
-        sides = [side for _, side, _ in self.shapes]
-        areas = torch.tensor([side ** 2 / sides.count(side) for side in sides])
+        areas = torch.tensor([(fine >> k) ** 2 / counts[k] for k in scale])
         self.register_buffer("areas", areas / areas.min(), persistent=False)
         if not grey:
             with torch.no_grad():  # begin with wide scales, and means that differ
@@ -524,9 +555,7 @@ class NVAE(nn.Module):
 
     def encode(self, y: Tensor) -> list[Tensor]:
         """The features that p(z_1|x), p(z_2|z_1, x), ... see, the top's first."""
-        x = 2 * y.float() / (2 ** self.bits - 1) - 1
-        before = self.spare // 2
-        x = F.pad(x, (before, self.spare - before) * 2, value=-1.0)
+        x = F.pad(2 * y.float() / (2 ** self.bits - 1) - 1, self.border, value=-1.0)
         feature, features = self.stem(x), []
         for part in self.tower:
             feature = part(feature)
@@ -534,21 +563,19 @@ class NVAE(nn.Module):
         features[-1] = self.top(features[-1])
         return features[::-1]
 
-    def law(self, s: Tensor) -> Bernoulli | DiscretizedLogisticMixture:
+    def law(self, s: Tensor) -> Law:
         """q(x|z) from what s knows of z, in float32."""
-        before = self.spare // 2
-        out = self.post(s).float()[:, :, before:before + self.size, before:before + self.size]
+        out = self.post(s).float()[:, :, self.inside, self.inside]
         return Bernoulli(out) if self.bits == 1 else \
             DiscretizedLogisticMixture(out, self.bits, self.floor)
 
-    def forward(self, y: Tensor, eps: list[Tensor]) -> tuple[Bernoulli | DiscretizedLogisticMixture,
-                                                             list[Moments]]:
-        """q(x|z) at z drawn from p(z|x) by eps, and the moments of all groups."""
-        s, _, moments = top_down(self.groups, self.h, self.encode(y), eps)
-        return self.law(s), moments
+    def forward(self, y: Tensor, eps: list[Tensor]) -> tuple[Law, Tensor]:
+        """q(x|z) at z drawn from p(z|x) by eps, and the terms of (3), by this draw if z flows."""
+        s, zs, moments = top_down(self.groups, self.h, self.encode(y), eps)
+        flows = len(self.groups[0].flow)
+        return self.law(s), kl_draws(zs, eps, moments) if flows else kl_terms(moments)
 
-    def generate(self, eps: list[Tensor], temperature: float
-                 ) -> Bernoulli | DiscretizedLogisticMixture:
+    def generate(self, eps: list[Tensor], temperature: float) -> Law:
         """q(x|z) at z drawn from q(z) by eps."""
         return self.law(top_down(self.groups, self.h, None, eps, temperature)[0])
 
@@ -562,11 +589,6 @@ def levels(x: Tensor, bits: int, g: torch.Generator) -> Tensor:
     return x >> (8 - bits)
 
 
-def as_bytes(y: Tensor, bits: int) -> Tensor:
-    """Levels 0 .. 2^bits - 1 as grey values or colours 0..255."""
-    return to_uint8(2 * y.float() / (2 ** bits - 1) - 1)
-
-
 @torch.no_grad()
 def held_out(net: NVAE, x: Tensor, args: argparse.Namespace) -> tuple[dict, Tensor, Tensor]:
     """The numbers of held-out pictures x, by the net with its running averages; the first few of
@@ -574,11 +596,10 @@ def held_out(net: NVAE, x: Tensor, args: argparse.Namespace) -> tuple[dict, Tens
     g, sums, again, seen = generator(x.device, args.seed, 0, 1), 0, [], []
     for part in watch(x.split(args.samples), -(-len(x) // args.samples), "held out"):
         y = levels(part, net.bits, g)
-        law, moments = net(y, net.noise(len(y), g))
-        terms = [-law.log_prob(y)[None], kl_terms(moments),
-                 importance_bound(net, y, args.importance, g)[None]]
+        law, kls = net(y, net.noise(len(y), g))
+        terms = [-law.log_prob(y)[None], kls, importance_bound(net, y, args.importance, g)[None]]
         sums = sums + torch.cat(terms).double().sum(1)
-        seen.append(as_bytes(y, net.bits))
+        seen.append(to_uint8(2 * y.float() / (2 ** net.bits - 1) - 1))
         again.append(to_uint8(law.mean()))
     means, seen, again = (sums / len(x)).tolist(), torch.cat(seen), torch.cat(again)
     elbo, bound, dims = sum(means[:-1]), means[-1], x[0].numel()
@@ -594,6 +615,8 @@ def sampler(net: NVAE, temperature: float, args: argparse.Namespace) -> NVAE:
     """A copy of the net whose BatchNorm statistics are estimated anew, at this temperature."""
     net, g = copy.deepcopy(net), generator(net.h.device, args.seed, 0, 3)
     reestimate(net, (net.noise(args.batch_size, g) for _ in range(args.bn_batches)), temperature)
+    if args.compile:
+        net.generate = torch.compile(net.generate)
     return net
 
 
@@ -676,7 +699,7 @@ def build(args: argparse.Namespace, channels: int, size: int, device: torch.devi
     torch.manual_seed(args.seed)
     net = NVAE(channels, size, args.width, args.scales, args.groups, args.min_groups, args.latent,
                args.cells, args.expand, args.stem, args.stem_cells, args.patch, args.factor,
-               args.bits, args.mixtures, args.forget)
+               args.bits, args.mixtures, args.forget, args.flows)
     return net.to(device, memory_format=torch.channels_last)
 
 
@@ -707,6 +730,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
                         "z_1 has one pixel: --batch-size 2, or fewer --scales")
     ema = copy.deepcopy(net).eval()
     params, live, averages = list(net.parameters()), floats(net), floats(ema)
+    convs = [m for m in net.modules() if isinstance(m, Conv)]
+    gammas = [m.weight for m in net.modules() if isinstance(m, BatchNorm)]
     opt = torch.optim.Adamax(params, lr=args.lr, eps=1e-3, weight_decay=3e-4)
     parts = dict(model=net, ema=ema, opt=opt)
     first = restore(state, parts)
@@ -716,9 +741,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     make_room(args)
     progress = Progress(args, first, sum(p.numel() for p in params), args.batch_size, "img")
     counts = group_counts(args.scales, args.groups, args.min_groups)
-    say(f"{len(net.shapes)} groups, {counts} a scale from the finest, "
-        f"{latent_numbers(counts, net.shapes[-1][1], args.latent):,} latent numbers a picture of "
-        f"{x[0].numel():,}")
+    say(f"{counts} groups, the finest scale's first; of {x[0].numel():,} numbers of a picture "
+        f"{latent_numbers(counts, net.shapes[-1][1], args.latent):,} are latent")
 
     def save(step: int, end: bool) -> None:
         save_checkpoint(args, step, parts, shape=tuple(x.shape))
@@ -737,8 +761,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         lr = opt.param_groups[0]["lr"] = learning_rate(step, args)
         net.floor.fill_(lowest_scale(step, args))
         with autocast(args):
-            law, moments = net(y, eps)
-        log_q, kls = law.log_prob(y), kl_terms(moments)
+            law, kls = net(y, eps)
+        log_q = law.log_prob(y)
         beta, weights = kl_weight(step, args.steps, args.kl_warmup), torch.ones_like(kls[:, 0])
         if beta < 1:
             means = kls.detach().mean(1)
@@ -747,7 +771,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         value = loss(log_q, kls, weights).mean()
         if args.penalty and step % args.penalty_every == 0:  # departs: not at every step
             strength = args.penalty * args.penalty_every
-            value = value + strength * penalty(net, 4 if step else 40)
+            value = value + strength * penalty(convs, gammas, 4 if step else 40)
         value.backward()
         average([p.grad for p in params])
         opt.step()
@@ -802,17 +826,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         mixtures=   (2,         5,            10,           1, "M, components of q(x|z)"),
         width=      (32,        32,           128,          4, "channels of the finest cells"),
         scales=     (2,         2,            1,            1, "of latents, halved one by one"),
-        groups=     (2,         8,            30,           1, "of latents at the finest scale, "
-                     "half as many a scale on"),
-        min_groups= (2,         4,            1,            1, "groups of the coarsest, at least"),
+        groups=     (2,         8,            30,           1, "of latents at the finest scale"),
+        min_groups= (2,         4,            1,            1, "least of a scale, as they halve"),
         latent=     (8,         20,           20,           1, "channels of a group"),
         cells=      (1,         1,            2,            1, "residual cells of a group"),
+        flows=      (0,         0,            1,            0, "pairs of a Flow; the post: none"),
         expand=     (3,         6,            6,            1, "times the channels, in decoders"),
-        stem=       (0,         1,            1,            0, "times that pictures are halved "
-                     "before the finest scale"),
+        stem=       (0,         1,            1,            0, "halvings before the finest scale"),
         stem_cells= (1,         2,            2,            1, "cells each time"),
-        patch=      (4,         1,            1,            1, "side of the squares of pixels that "
-                     "are taken for one"),
+        patch=      (4,         1,            1,            1, "side of the squares taken for one"),
         factor=     (1.0,       0.1,          0.1,          0, "of a cell's branch"),
         floor=      (-5.5,      -5.5,         -7.0,         None, "of the mixture's log-scales"),
         first_floor=(-1.5,      -1.5,         -7.0,         None, "the same at the first step"),
@@ -837,8 +859,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         judge=      (1000,                                  0, "samples for Frechet's distance, "
                      "precision, recall and sharpness"),
         draw_pixels=(False,                                 None, "draws of q(x|z), not its means"),
-        forget=     (False,     False,        True,         None, "compute cells twice, in less "
-                     "memory"),
+        forget=     (False,     False,        True,         None, "cells work twice, for memory"),
         sample_only=(0,                                     0, "only draw as many, from ckpt.pt"),
     )
     return read_flags("nvae", __doc__.partition("\n")[0], argv, experiment, others)

@@ -429,16 +429,18 @@ def cases_nvae(opt: argparse.Namespace) -> Iterator[Case]:
         args.forget = who != "ours"
         net = nvae.build(args, 3, args.size, device)
         net.floor.fill_(args.floor)
+        convs = [m for m in net.modules() if isinstance(m, nvae.Conv)]
+        gammas = [m.weight for m in net.modules() if isinstance(m, nvae.BatchNorm)]
         if opt.compile:
             net.compile()
+            net.generate = torch.compile(net.generate)
         adamax = torch.optim.Adamax(net.parameters(), lr=1e-3, eps=1e-3, weight_decay=3e-4)
 
-        def step(net=net, adamax=adamax) -> None:
+        def step(net=net, adamax=adamax, convs=convs, gammas=gammas) -> None:
             with autocast:
-                law, moments = net(y, net.noise(batch, g))
-            kls = nvae.kl_terms(moments)
+                law, kls = net(y, net.noise(batch, g))
             value = nvae.loss(law.log_prob(y), kls, torch.ones_like(kls[:, 0])).mean()
-            (value + args.penalty * nvae.penalty(net, 4)).backward()
+            (value + args.penalty * nvae.penalty(convs, gammas, 4)).backward()
             adamax.step()
             adamax.zero_grad()
         steps[who] = step

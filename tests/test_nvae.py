@@ -31,11 +31,11 @@ def draws(*shape, seed=0):
 
 
 def tiny(channels=3, size=16, width=8, scales=2, groups=2, min_groups=2, latent=2, cells=1, expand=2, stem=0, stem_cells=1,
-         patch=4, factor=0.5, bits=5, mixtures=2, forget=False, seed=0):
+         patch=4, factor=0.5, bits=5, mixtures=2, forget=False, flows=0, seed=0):
     """A small network, on which nothing is zero by its start: BatchNorm too has seen something."""
     torch.manual_seed(seed)
     net = nvae.NVAE(channels, size, width, scales, groups, min_groups, latent, cells, expand, stem, stem_cells, patch,
-                    factor, bits, mixtures, forget)
+                    factor, bits, mixtures, forget, flows)
     net.floor.fill_(-4)
     for m in net.modules():
         if isinstance(m, nvae.BatchNorm):
@@ -46,9 +46,9 @@ def tiny(channels=3, size=16, width=8, scales=2, groups=2, min_groups=2, latent=
 
 
 def y_of(net, count, seed=0):
-    channels = net.stem[0].in_channels
+    channels, size = net.stem[0].in_channels, net.inside.stop - net.inside.start
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 2**net.bits, (count, channels, net.size, net.size), generator=g, dtype=torch.uint8)
+    return torch.randint(0, 2**net.bits, (count, channels, size, size), generator=g, dtype=torch.uint8)
 
 
 def noise(net, count, seed=0):
@@ -84,7 +84,7 @@ class Linear(torch.nn.Module):
 
     def __init__(self, a, b, sigma, d):
         super().__init__()
-        self.a, self.b, self.sigma, self.d = a, b, sigma, d
+        self.a, self.b, self.sigma, self.d, self.flow = a, b, sigma, d, torch.nn.Identity()
 
     def q(self, s):
         return s, self.a * s, torch.full_like(s, self.sigma)
@@ -165,7 +165,7 @@ def test_7574_6_counts_what_the_network_draws(seed, scales, groups):
 # ---- the chain in the network ----
 
 NETS = [dict(), dict(patch=1, stem=1, stem_cells=2), dict(scales=3, groups=1, min_groups=1, patch=2, size=18), dict(channels=1),
-        dict(scales=1, groups=3, size=12)]
+        dict(scales=1, groups=3, size=12), dict(flows=1)]
 
 
 @pytest.mark.parametrize("how", NETS)
@@ -209,8 +209,8 @@ def test_the_first_group_is_a_standard_normal_and_h_is_learnt():
     net = tiny().eval()
     _, mu, sigma = net.groups[0].q(net.h)
     assert (mu == 0).all() and (sigma == 1).all()
-    law, moments = net(y_of(net, 2), noise(net, 2))
-    value = nvae.loss(law.log_prob(y_of(net, 2)), nvae.kl_terms(moments), torch.ones(4)).mean()
+    law, kls = net(y_of(net, 2), noise(net, 2))
+    value = nvae.loss(law.log_prob(y_of(net, 2)), kls, torch.ones(4)).mean()
     value.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
     assert "h" in dict(net.named_parameters())
@@ -352,7 +352,7 @@ def test_bernoulli_counts_every_pixel_and_no_padding(seed):
 
 def test_digits_have_784_pixels_and_a_border_of_black():
     net = tiny(channels=1, size=28)
-    assert net.spare == 4 and net.shapes[0][1:] == (4, 4)
+    assert net.border == (2, 2, 2, 2) and net.shapes[0][1:] == (4, 4)
     y = torch.ones(1, 1, 28, 28, dtype=torch.uint8)
     seen = []
     net.stem[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
@@ -370,12 +370,9 @@ def test_levels_of_bytes():
     g, x = torch.Generator().manual_seed(0), torch.arange(256, dtype=torch.uint8)
     five = nvae.levels(x, 5, g)
     assert five.unique().tolist() == list(range(32)) and torch.equal(five, x // 8) and torch.equal(nvae.levels(x, 8, g), x)
-    back = nvae.as_bytes(five, 5).int()
-    assert back.min() == 0 and back.max() == 255 and (back - x.int()).abs().max() <= 8
     looks = torch.stack([nvae.levels(x, 1, g) for _ in range(4000)]).double().mean(0)
     assert looks[0] == 0 and looks[255] == 1
     assert (looks - x / 255).abs().max() < 5 * 0.5 / 4000**0.5
-    assert nvae.as_bytes(torch.tensor([0, 1]), 1).tolist() == [0, 255]
 
 
 # ---- the importance bound ----
@@ -420,18 +417,21 @@ def test_importance_bound_falls_towards_the_truth_with_K():
     assert bounds[0] == pytest.approx(elbo, abs=0.06)  # K = 1 is (1), its KL by the draw
 
 
-def test_importance_bound_of_the_network_by_hand():
-    """K = 3: log-weights from torch's own Normal; all groups' z anew for each k."""
-    net = tiny().eval()
+@pytest.mark.parametrize("flows", [0, 1])
+def test_importance_bound_of_the_network_by_hand(flows):
+    """K = 3: log-weights from torch's own Normal, of p where z was before the flow; all groups' z anew for each k."""
+    net = tiny(flows=flows).eval()
     y, g = y_of(net, 2), torch.Generator().manual_seed(3)
     got = nvae.importance_bound(net, y, 3, torch.Generator().manual_seed(3))
     log_w = []
     with torch.no_grad():
         for _ in range(3):
-            s, zs, moments = nvae.top_down(net.groups, net.h, net.encode(y), net.noise(2, g))
+            eps = net.noise(2, g)
+            s, zs, moments = nvae.top_down(net.groups, net.h, net.encode(y), eps)
             w = net.law(s).log_prob(y)
-            for z, (mu, sigma, d_mu, d_sigma) in zip(zs, moments):
-                w = w + (Normal(mu, sigma).log_prob(z) - Normal(mu + d_mu, sigma * d_sigma).log_prob(z)).sum((1, 2, 3))
+            for z, e, (mu, sigma, d_mu, d_sigma) in zip(zs, eps, moments):
+                p = Normal(mu + d_mu, sigma * d_sigma)
+                w = w + (Normal(mu, sigma).log_prob(z) - p.log_prob(p.mean + p.stddev * e)).sum((1, 2, 3))
             log_w.append(w)
     most = torch.stack(log_w).double().max(0).values
     want = -(most + sum((w - most).exp() for w in log_w).div(3).log())
@@ -509,14 +509,14 @@ def test_spectral_iteration_goes_on_where_it_was():
 
 
 def test_penalty_is_of_every_convolution_and_every_gamma():
-    net = tiny(patch=1, stem=1)
+    net = tiny(patch=1, stem=1, flows=1)
     kernels = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
     assert all(isinstance(m, nvae.Conv) for m in kernels)
     gammas = [m.weight for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     with torch.no_grad():
         gammas[0][:1] = -9
     want = sum(torch.linalg.svdvals(m.kernel().flatten(1))[0] for m in kernels) + sum(w.abs().max() for w in gammas)
-    got = nvae.penalty(net, 400)
+    got = nvae.penalty(kernels, gammas, 400)
     assert got.item() == pytest.approx(want.item(), rel=1e-3) and len(kernels) > 30 and len(gammas) > 20
     got.backward()
     assert all(m.weight.grad.abs().sum() > 0 or m.log_norm is not None for m in kernels)
@@ -662,8 +662,8 @@ def test_cells_computed_twice_are_the_same(how):
     nets = [tiny(forget=forget, **how).train() for forget in (False, True)]
     y, eps = y_of(nets[0], 3), noise(nets[0], 3)
     for net in nets:
-        law, moments = net(y, eps)
-        nvae.loss(law.log_prob(y), nvae.kl_terms(moments), torch.ones(len(eps))).mean().backward()
+        law, kls = net(y, eps)
+        nvae.loss(law.log_prob(y), kls, torch.ones(len(eps))).mean().backward()
     for (name, p), q in zip(nets[0].named_parameters(), nets[1].parameters()):
         torch.testing.assert_close(p.grad, q.grad, msg=name)
     for (name, p), q in zip(nets[0].named_buffers(), nets[1].buffers()):
@@ -673,15 +673,129 @@ def test_cells_computed_twice_are_the_same(how):
     assert kept == sum(isinstance(m, nvae.BatchNorm) for m in nets[1].modules())
 
 
+# ---- the flow inside a group ----
+
+def in_turn(z):
+    """(B, Z, n, n) as (B, n n Z): pixels in rows, a pixel's channels in turn."""
+    return z.permute(0, 2, 3, 1).flatten(1)
+
+
+def back(v, latent, n):
+    return v.view(-1, n, n, latent).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_flow_by_hand(n):
+    """Kernels masked entry by entry: what comes before in rows; at the middle the channels before, then those up to one's own."""
+    torch.manual_seed(0)
+    flow, z = nvae.Flow(3).double(), draws(2, 3, n, n)
+    kernels = []
+    for conv, strict in zip(list(flow.shift)[::2], (True, False, False)):
+        conv.log_norm.data += 0.5  # the norm is of what the mask leaves
+        w, mid = conv.weight.detach().clone(), conv.kernel_size[0] // 2
+        for o, i, a, b in np.ndindex(*w.shape):
+            if conv.groups > 1:
+                know, of = 0, 0  # its own channel
+            else:
+                know, of = (o // 6, i) if strict else (o, i // 6)
+            if (a, b) > (mid, mid) or (a, b) == (mid, mid) and (of >= know if strict else of > know):
+                w[o, i, a, b] = 0
+        kernels.append(w * (conv.log_norm.exp().flatten() / w.flatten(1).norm(dim=1)).view(-1, 1, 1, 1).detach())
+        torch.testing.assert_close(conv.kernel(), kernels[-1])
+    one, two, three = list(flow.shift)[::2]
+    h = F.elu(F.conv2d(z, kernels[0], one.bias, padding=1))
+    h = F.elu(F.conv2d(h, kernels[1], two.bias, padding=2, groups=18))
+    want = z - F.conv2d(h, kernels[2], three.bias)
+    torch.testing.assert_close(flow(z), torch.rot90(want.flip(1), 2, (2, 3)))
+
+
+@given(SEEDS, st.integers(1, 4), st.integers(1, 3))
+def test_flow_has_a_triangular_jacobian_with_ones_on_its_diagonal(seed, n, latent):
+    torch.manual_seed(seed % 10_000)
+    flow = nvae.Flow(latent).double()
+    for conv in list(flow.shift)[::2]:
+        conv.log_norm.data += 1
+    v = in_turn(3 * draws(1, latent, n, n, seed=seed))
+    jacobian = torch.autograd.functional.jacobian(lambda v: in_turn(flow(back(v, latent, n)).flip(1, 2, 3))[0], v)[:, 0]
+    assert torch.equal(jacobian, jacobian.tril()) and (jacobian.diagonal() == 1).all()
+    if n < 3:  # all is in reach: what a number may depend on it does
+        assert (jacobian[torch.ones_like(jacobian).tril(-1).bool()] != 0).all()
+
+
+def inverse(flow, z):
+    """What Flow by Flow, number by number, was there before."""
+    for half in reversed(flow):
+        turned, z = z.flip(1, 2, 3), torch.zeros_like(z)
+        for _ in range(z[0].numel()):  # the k-th number is right after k rounds
+            z = turned + half.shift(z)
+    return z
+
+
+@given(SEEDS, st.integers(1, 3), st.integers(1, 2))
+def test_flows_keep_volumes_and_can_be_undone(seed, n, flows):
+    torch.manual_seed(seed % 10_000)
+    flow, z = nvae.Group([], 4, 2, True, flows).flow.double(), draws(1, 2, n, n, seed=seed)
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v.view_as(z)).flatten(), z.flatten())
+    sign, log_det = torch.linalg.slogdet(jacobian)
+    assert sign == 1 and abs(log_det) < 1e-10 and len(flow) == 2 * flows
+    assert n == 1 or (jacobian.triu(1).any() and jacobian.tril(-1).any())  # the second half looks the other way
+    with torch.no_grad():
+        torch.testing.assert_close(inverse(flow, flow(z)), z)
+
+
+def test_kl_by_a_draw_is_that_of_the_densities_there():
+    """log p(z) from the noise that a naive inverse finds and autograd's log det; log q(z) from torch's Normal."""
+    net = tiny(flows=1).eval()
+    for group in net.groups:
+        group.flow.double()
+    y, eps = y_of(net, 2), [draws(2, *shape, seed=k) for k, shape in enumerate(net.shapes)]
+    with torch.no_grad():
+        s, zs, moments = nvae.top_down(net.groups, net.h, net.encode(y), eps)
+        law, kls = net(y, eps)
+    torch.testing.assert_close(law.mean(), net.law(s).mean())
+    for group, z, e, (mu, sigma, d_mu, d_sigma), got in zip(net.groups, zs, eps, moments, kls):
+        for i in range(2):
+            with torch.no_grad():
+                z_0 = inverse(group.flow, z[i:i + 1])
+            torch.testing.assert_close(z_0[0], (mu + d_mu + sigma * d_sigma * e)[i], rtol=1e-5, atol=1e-5)
+            assert (z_0 - z[i]).abs().max() > 0.01
+            log_det = torch.linalg.slogdet(torch.autograd.functional.jacobian(
+                lambda v: group.flow(v.view_as(z_0)).flatten(), z_0.flatten()))[1]
+            log_p = Normal(mu + d_mu, sigma * d_sigma).log_prob(z_0)[i].sum() - log_det
+            assert got[i].item() == pytest.approx((log_p - Normal(mu, sigma).log_prob(z)[i].sum()).item(), rel=1e-4)
+
+
+def test_kl_by_draws_is_7574_3_on_average():
+    groups = [Linear(0.0, 0.7, 1.0, 0.5), Linear(0.4, 0.6, 0.8, 0.3)]
+    n, x = 200_000, torch.full((1, 1, 1, 1), 1.5, dtype=torch.float64)
+    eps = list(draws(2, n, 1, 1, 1))
+    _, zs, moments = nvae.top_down(groups, torch.zeros_like(x), [x, x], eps)
+    gap = nvae.kl_draws(zs, eps, moments) - nvae.kl_terms(moments)
+    assert gap.shape == (2, n) and (gap.std(1) > 0.1).all()
+    assert (gap.mean(1).abs() < 5 * gap.std(1) / n**0.5).all()
+
+
+def test_the_generator_has_no_flow():
+    """Whatever the flows do, q(z) and the picture are as before; p's z is not."""
+    net = tiny(flows=1).eval()
+    eps, y = noise(net, 2), y_of(net, 2)
+    with torch.no_grad():
+        before = [net.generate(eps, 1.0).mean(), net(y, eps)[0].mean()]
+        for group in net.groups:
+            group.flow[0].shift[0].weight.zero_().add_(1)
+        after = [net.generate(eps, 1.0).mean(), net(y, eps)[0].mean()]
+    assert torch.equal(before[0], after[0]) and not torch.allclose(before[1], after[1], atol=1e-3)
+
+
 # ---- the paper's sizes ----
 
 @pytest.mark.parametrize("flags, channels, size, groups, millions", [
-    ("", 3, 32, [30], 129.2),  # CIFAR-10
-    ("--width 32 --scales 2 --groups 10 --stem 2 --stem-cells 3", 1, 28, [5, 10], 33.4),  # MNIST
-    ("--width 64 --scales 3 --groups 20", 3, 64, [5, 10, 20], 151.4),  # CelebA 64
-    ("--width 30 --scales 5 --groups 16 --min-groups 4", 3, 256, [4, 4, 4, 8, 16], 326.9)])  # FFHQ
+    ("", 3, 32, [30], 130.9), ("--flows 0", 3, 32, [30], 129.2),  # CIFAR-10
+    ("--flows 0 --width 32 --scales 2 --groups 10 --stem 2 --stem-cells 3", 1, 28, [5, 10], 33.4),  # MNIST
+    ("--width 64 --scales 3 --groups 20", 3, 64, [5, 10, 20], 153.3),  # CelebA 64
+    ("--flows 2 --width 30 --scales 5 --groups 16 --min-groups 4", 3, 256, [4, 4, 4, 8, 16], 330.8)])  # FFHQ
 def test_the_papers_rows(flags, channels, size, groups, millions):
-    """Parameters as counted from the paper's table (33, 131 with a flow, 153, 331 million), without allocating them."""
+    """Parameters as counted from the paper's table, flows included (33, 131, 153, 331 million), without allocating them."""
     args = nvae.parse_args(["--paper", *flags.split()])
     with torch.device("meta"):
         net = nvae.build(args, channels, size, torch.device("meta"))
@@ -727,7 +841,8 @@ def network(flags, weights, channels=3):
 @pytest.mark.parametrize("flags", [
     "--lr 0.01 --warmup 0.5 --ema 0.4 --flip --kl-warmup 0.6 --penalty 0.5",
     "--lr 0.02 --warmup 0 --ema 0 --kl-warmup 0 --seed 5 --bits 8 --penalty 0 --floor -3 --first-floor 0",
-    "--lr 0.01 --data grey.npy --penalty 0.1 --scales 1 --penalty-every 3"])
+    "--lr 0.01 --data grey.npy --penalty 0.1 --scales 1 --penalty-every 3",
+    "--lr 0.01 --kl-warmup 0.6 --penalty 0.1 --flows 1"])
 def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
     """Order, levels, noise, mirrors, (1), the KL's weights, floor, penalty, warm-up, cosine, Adamax and average, by plain
     code; the network alone is the script's."""
@@ -759,11 +874,18 @@ def test_five_steps_are_those_of_a_naive_loop(pictures, flags):
         y = torch.stack([y[i].flip(2) if mirror[i] and args.flip else y[i] for i in range(12)])
         fall = min(1, step / 3)
         net.floor.fill_(args.first_floor * (1 - fall) + args.floor * fall)
-        law, moments = net(y, eps)
-        kls = [(0.5 * (d_mu**2 / sigma**2 + d_sigma**2 - (d_sigma**2).log() - 1)).sum() / 12 for _, sigma, d_mu, d_sigma in moments]
+        s, zs, moments = nvae.top_down(net.groups, net.h, net.encode(y), eps)
+        law = net.law(s)
+        if args.flows:
+            p = [Normal(mu + d_mu, sigma * d_sigma) for mu, sigma, d_mu, d_sigma in moments]
+            kls = [(a.log_prob(a.mean + a.stddev * e) - Normal(mu, sigma).log_prob(z)).sum() / 12
+                   for a, e, z, (mu, sigma, _, _) in zip(p, eps, zs, moments)]
+        else:
+            kls = [(0.5 * (d_mu**2 / sigma**2 + d_sigma**2 - (d_sigma**2).log() - 1)).sum() / 12
+                   for _, sigma, d_mu, d_sigma in moments]
         ramp = 1.0 if args.kl_warmup == 0 else (step - 5e-4) / (args.kl_warmup * 5)
         beta = min(1.0, max(1e-4, ramp)) if step or args.kl_warmup else 1e-4
-        share = [(kl.item() + 0.01) / area for kl, area in zip(kls, areas)]
+        share = [(abs(kl.item()) + 0.01) / area for kl, area in zip(kls, areas)]
         weights = [beta * s * len(share) / sum(share) if beta < 1 else 1.0 for s in share]
         value = -law.log_prob(y).mean() + sum(w * kl for w, kl in zip(weights, kls))
         if args.penalty and step % args.penalty_every == 0:
@@ -844,7 +966,8 @@ def drawn(net, args, t, first, count):
 
 
 @pytest.mark.parametrize("flags", ["--temperature 0.7 --ema 0.9 --groups 3", "--data grey.npy --seed 3 --bn-batches 0 --ema 0.5",
-                                   "--bits 8 --patch 1 --stem 1 --stem-cells 2 --bn-batches 2 --ema 0.9 --sample-seed 4"])
+                                   "--bits 8 --patch 1 --stem 1 --stem-cells 2 --bn-batches 2 --ema 0.9 --sample-seed 4",
+                                   "--ema 0.9 --flows 1"])
 def test_the_report_again_from_the_checkpoint(pictures, flags):
     """Every number and picture: from the average, in eval mode, on the pictures that it should come from."""
     flags += " --lr 0.02 --warmup 0.1 --test-images 5 --judge 14"
@@ -878,19 +1001,19 @@ def test_the_report_again_from_the_checkpoint(pictures, flags):
         n, log_w = len(y), []
         with torch.no_grad():
             for k in range(3):  # once for (1), twice for the bound
-                s, zs, moments = nvae.top_down(net.groups, net.h, net.encode(y), [
-                    torch.randn(n, *shape, generator=g) for shape in net.shapes])
+                eps = [torch.randn(n, *shape, generator=g) for shape in net.shapes]
+                s, zs, moments = nvae.top_down(net.groups, net.h, net.encode(y), eps)
                 law = net.law(s)
                 p = [Normal(mu + d_mu, sigma * d_sigma) for mu, sigma, d_mu, d_sigma in moments]
                 q = [Normal(mu, sigma) for mu, sigma, _, _ in moments]
+                ratios = [(a.log_prob(a.mean + a.stddev * e) - b.log_prob(z)).sum((1, 2, 3)) for a, b, e, z in zip(p, q, eps, zs)]
                 if k == 0:
                     nats.append(-law.log_prob(y))
-                    kls.append(torch.stack([kl_divergence(a, b).sum((1, 2, 3)) for a, b in zip(p, q)]))
+                    kls.append(torch.stack(ratios if args.flows else [kl_divergence(a, b).sum((1, 2, 3)) for a, b in zip(p, q)]))
                     seen.append((y * (255 / (2**net.bits - 1))).round())
                     made.append(((law.mean() + 1) * 127.5).round().clamp(0, 255))
                 else:
-                    log_w.append(law.log_prob(y) + sum((b.log_prob(z) - a.log_prob(z)).sum((1, 2, 3))
-                                                       for a, b, z in zip(p, q, zs)))
+                    log_w.append(law.log_prob(y) - sum(ratios))
         bound.append(-(torch.stack(log_w).double().logsumexp(0) - math.log(2)))
     nats, kls, bound, seen, made = (torch.cat(parts, -1 if parts is kls else 0) for parts in (nats, kls, bound, seen, made))
     want = dict(reconstruction_nats=nats.mean(), elbo_nats=(nats + kls.sum(0)).mean(), importance_nats=bound.mean(),
@@ -920,7 +1043,7 @@ BASES = {}  # each made once
     *[("", flag, SAME) for flag in (
         "--seed 1", "--batch-size 8", "--bits 4", "--mixtures 3", "--width 12", "--scales 1", "--groups 3",
         "--latent 3", "--cells 2", "--expand 3", "--patch 2", "--stem-cells 2", "--factor 0.3", "--floor -1", "--first-floor 0",
-        "--kl-warmup 0.9", "--penalty 0.3", "--penalty-every 1", "--flip", "--lr 0.02", "--warmup 0.9", "--steps 4")],
+        "--kl-warmup 0.9", "--penalty 0.3", "--penalty-every 1", "--flip", "--flows 1", "--lr 0.02", "--warmup 0.9", "--steps 4")],
     ("--patch 1", "--stem 1", SAME), ("--scales 3", "--min-groups 2", SAME), ("--data grey.npy", "--bits 4", [])])
 def test_every_flag_matters_where_it_should(pictures, base, flag, changed):
     """Beside the same run without it; `weights` are those that train."""
@@ -934,6 +1057,43 @@ def test_every_flag_matters_where_it_should(pictures, base, flag, changed):
         Path("run").rename("other")
         BASES[base] = results(base)
     assert {name for name in SAME if BASES[base][name] != other[name]} == set(changed)
+
+
+def test_compile_reaches_training_and_drawing(pictures, monkeypatch):
+    """The same weights, averages and pictures, though cells are computed twice; by a backend that needs no C++."""
+    real, called = torch.compile, []
+
+    def spy(f, **how):
+        compiled = real(f, backend="aot_eager", **how)
+
+        def call(*args, **more):
+            called.append(f.__name__)
+            return compiled(*args, **more)
+        return call
+    monkeypatch.setattr(torch, "compile", spy)
+    flags = "--steps 2 --scales 1 --groups 1 --forget --flows 1"
+    plain, _ = main(flags, "plain")
+    assert not called
+    compiled, _ = main(f"{flags} --compile", "compiled")
+    assert set(called) == {"_call_impl", "generate"}
+    for name, value in plain["model"].items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(compiled["model"][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    for name in ("samples", "coarse_to_fine", "temperatures"):
+        assert near(tiles(f"plain/{name}.png"), tiles(f"compiled/{name}.png")), name
+    called.clear()
+    assert nvae.main(["--sample-only", "4", "--samples", "4", "--out", "plain", "--compile", "--bn-batches", "3"]) == 0
+    assert set(called) == {"generate"} and near(tiles("plain/samples_only.png"), tiles("plain/samples.png"))
+
+
+def test_layers_are_listed_once(pictures, monkeypatch):
+    """The network is not walked at each step."""
+    walks, real = [], nvae.NVAE.modules
+    monkeypatch.setattr(nvae.NVAE, "modules", lambda net: walks.append(1) or real(net))
+    main("--steps 2", "few")
+    few = len(walks)
+    main("--steps 6", "more")
+    assert len(walks) == 2 * few > 0
 
 
 def test_a_rate_of_zero_learns_nothing(pictures):
@@ -966,11 +1126,11 @@ def test_learning_rate_and_floor_written_out():
 
 
 def test_paper_is_the_papers():
-    """Vahdat & Kautz 2020, the CIFAR-10 column, without the flow."""
+    """Vahdat & Kautz 2020, the CIFAR-10 column, with its flow."""
     args = nvae.parse_args(["--paper", "--gpu"])
     want = dict(data="cifar10", bits=8, mixtures=10, width=128, scales=1, groups=30, latent=20, cells=2, expand=6, stem=1,
                 stem_cells=2, patch=1, factor=0.1, floor=-7.0, first_floor=-7.0, kl_warmup=0.3, penalty=0.01, penalty_every=1,
-                lr=0.01, batch_size=256, flip=True, ema=0.0, steps=400 * 50_000 // 256, warmup=5 / 400, importance=1000)
+                lr=0.01, batch_size=256, flip=True, ema=0.0, flows=1, steps=400 * 50_000 // 256, warmup=5 / 400, importance=1000)
     assert {name: getattr(args, name) for name in want} == want
 
 
@@ -1005,8 +1165,9 @@ def test_the_law_is_float32_under_bfloat16():
     net = tiny()
     y = y_of(net, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        law, moments = net(y, noise(net, 2))
-        value = nvae.loss(law.log_prob(y), nvae.kl_terms(moments), torch.ones(4))
+        law, kls = net(y, noise(net, 2))
+        _, _, moments = nvae.top_down(net.groups, net.h, net.encode(y), noise(net, 2))
+        value = nvae.loss(law.log_prob(y), kls, torch.ones(4))
     assert law.mu.dtype == torch.float32 == value.dtype and all(m.dtype == torch.float32 for row in moments for m in row)
     assert value.isfinite().all() and nvae.spectral_norms([net.stem[0]], 1).dtype == torch.float32
 
@@ -1027,7 +1188,7 @@ def test_experiments_run_for_two_steps(pictures, capsys):
     others = [arm for arm in nvae_arms.ARMS if arm != "nvae"]
     table = nvae_arms.main([*short, "--arms", "nvae", "--seeds", "3", "4"])
     table |= nvae_arms.main([*short, "--arms", *others, "--keep", "kept", "--seeds", "3"])
-    assert len({row["importance_nats"] for row in table.values()}) == 5 and Path("kept/one_level.3/samples.png").exists()
+    assert len({row["importance_nats"] for row in table.values()}) == 6 and Path("kept/one_level.3/samples.png").exists()
     runs = [main(f"--steps 2 --judge 8 --seed {seed}", seed)[1] for seed in (3, 4)]
     for name in ("importance_nats", "frechet"):
         assert table["nvae"][name] == pytest.approx((runs[0][name] + runs[1][name]) / 2)

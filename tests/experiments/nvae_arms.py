@@ -4,8 +4,9 @@
 
 nvae: as it is. plain: one flat z of 32 numbers, p(z|x) = N(mu(x), sigma(x)^2), decoder cells after it: the VAE of the
 post's (1). absolute: p(z_l|z_<l, x) told by itself, not by its difference from q(z_l|z_<l). one level: as many groups
-and latent numbers, all at the finest scale. no penalty: neither spectral norms nor gammas. Prints for each arm, mean over the seeds,
-bits or nats by the importance bound, the error of reconstructions, nvae.py's judge, and CPU seconds of it all.
+and latent numbers, all at the finest scale. no penalty: neither spectral norms nor gammas. flow: one in each group, which
+the post advises to leave out. Prints for each arm, mean over the seeds, bits or nats by the importance bound, the error
+of reconstructions, nvae.py's judge, and CPU seconds of it all.
 --keep: where the runs' folders stay, DIR/ARM.SEED; else they are thrown away.
 """
 
@@ -47,7 +48,7 @@ class Flat(nn.Module):
     def __init__(self, shape: tuple[int, int, int], latent: int, cells: nn.Module):
         super().__init__()
         numbers, self.shape, self.latent, self.cells = math.prod(shape), shape, latent, cells
-        self.see, self.grow = nn.Linear(numbers, 2 * latent), nn.Linear(latent, numbers)
+        self.see, self.grow, self.flow = nn.Linear(numbers, 2 * latent), nn.Linear(latent, numbers), nn.Sequential()
 
     def q(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         mu = torch.zeros(len(s), self.latent, 1, 1, device=s.device)
@@ -74,7 +75,8 @@ class Plain(nvae.NVAE):
 
 
 ARMS = {"nvae": {}, "plain": dict(NVAE=Plain), "absolute": dict(Group=Absolute),
-        "one level": ["--scales", "1", "--groups", "4", "--latent", "5", "--width", "56"], "no penalty": ["--penalty", "0"]}
+        "one level": ["--scales", "1", "--groups", "4", "--latent", "5", "--width", "56"], "no penalty": ["--penalty", "0"],
+        "flow": ["--flows", "1"]}
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
