@@ -20,6 +20,8 @@ Run     python hier_pos_bert.py                  # CPU: trains a BERT of bytes a
         python hier_pos_bert.py --arms hierarchical anchor tile --tune-steps 500
         python hier_pos_bert.py --bert FOLDER --data FILE --steps 0 --times 3 --tune-steps 3000
                                 # the post's run: a BERT with its head, at 1536 positions
+        python hier_pos_bert.py --bert FOLDER --classify FILE --steps 0 --times 2
+                                # long documents, 512 positions against 1024
         python hier_pos_bert.py --bert FOLDER --stretch-only --times 4   # a BERT of 2048, untuned
         python hier_pos_bert.py --gpu            # one GPU: a larger BERT of bytes
         torchrun --nproc_per_node=8 hier_pos_bert.py --gpu   # the same global batch on eight
@@ -142,11 +144,9 @@ class Embeddings(nn.Module):
         self.alpha, self.anchor = None, 0
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        codes = self.position_embeddings.weight
-        if self.alpha is None:
-            codes = codes[positions]
-        else:  # made anew in each step: the gradient of all n^2 codes goes into p
-            codes = hierarchical_positions(codes, self.alpha, positions, self.anchor)
+        p = self.position_embeddings.weight  # the gradient of all n^2 codes goes into p
+        codes = p[positions] if self.alpha is None else \
+            hierarchical_positions(p, self.alpha, positions, self.anchor)
         return self.LayerNorm(self.word_embeddings(tokens) + codes
                               + self.token_type_embeddings.weight[0])
 
@@ -245,6 +245,24 @@ class Bert(nn.Module):
         return F.linear(head(x), words, head.bias)
 
 
+class Classifier(nn.Module):
+    """A linear layer on the last state of [CLS], zero at first; net, less its head, learns too."""
+
+    def __init__(self, net: Bert, classes: int, pad: int):
+        super().__init__()
+        del net.cls  # without a gradient the ranks would wait for it
+        self.net, self.pad = net, pad
+        self.last = nn.Linear(net.config["hidden_size"], classes)
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (B, classes) of tokens (B, L), padded; what is padding in all of them is cut."""
+        mask = tokens != self.pad
+        longest = int(mask.sum(1).max())
+        return self.last(self.net.body(tokens[:, :longest], mask[:, :longest])[:, 0])
+
+
 def stretch(net: Bert, way: str, length: int, alpha: float, g: torch.Generator) -> Bert:
     """A copy of net for `length` positions, by one of WAYS: p stays the parameter of the first two,
     the others have a table of `length` rows, each a parameter from now on."""
@@ -284,12 +302,10 @@ class Cleaned(dict):
 
     def __missing__(self, code: int) -> str:
         char, kind = chr(code), unicodedata.category(chr(code))
-        if char in "\t\n\r" or kind == "Zs":
-            self[code] = " "
-        elif kind in ("Cc", "Cf", "Co") or code == 0xFFFD:
-            self[code] = ""
-        else:
-            self[code] = f" {char} " if any(a <= code <= b for a, b in CJK) else char
+        blank = char in "\t\n\r" or kind == "Zs"
+        gone = kind in ("Cc", "Cf", "Co") or code == 0xFFFD
+        ideograph = any(first <= code <= last for first, last in CJK)
+        self[code] = " " if blank else "" if gone else f" {char} " if ideograph else char
         return self[code]
 
 
@@ -341,8 +357,8 @@ def pieces_of(word: str, ids: dict[str, int]) -> list[int]:
 
 
 def read_vocabulary(folder: str) -> dict:
-    """The words of FOLDER/vocab.txt, whether they are in lower case, and the number of each special
-    one; without a folder the bytes. Raises UserError."""
+    """The words of FOLDER/vocab.txt, their numbers, whether they are in lower case, and the number
+    of each special one; without a folder the bytes. Raises UserError."""
     words, lower, path = BYTES, False, Path(folder) / "vocab.txt"
     if folder:
         settings = path.with_name("tokenizer_config.json")
@@ -354,15 +370,15 @@ def read_vocabulary(folder: str) -> dict:
             raise UserError(f"--bert {folder}: {error}") from None
     if lost := set(SPECIAL) - set(words):
         raise UserError(f"{path}: has no {', '.join(sorted(lost))}")
-    return dict(words=words, lower=lower) | {mark: words.index(mark) for mark in SPECIAL}
+    ids = {word: k for k, word in enumerate(words)}
+    return dict(words=words, ids=ids, lower=lower) | {mark: ids[mark] for mark in SPECIAL}
 
 
 def encode(text: bytes, vocab: dict) -> Tensor:
     """The tokens (T,) of a text: its bytes, or its word pieces."""
     if vocab["words"] == BYTES:
         return torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int32)) + len(SPECIAL)
-    ids = {word: k for k, word in enumerate(vocab["words"])}
-    pieces = word_pieces(text.decode("utf-8", "replace"), ids, vocab["lower"])
+    pieces = word_pieces(text.decode("utf-8", "replace"), vocab["ids"], vocab["lower"])
     return torch.tensor(pieces, dtype=torch.int32)
 
 
@@ -448,7 +464,7 @@ def write_bert(folder: Path, net: Bert, vocab: dict, head: bool = True) -> None:
 # ---- evaluation ----
 
 def frame(text: Tensor, vocab: dict) -> Tensor:
-    """[CLS], the text (B, T), [SEP]: (B, T + 2)."""
+    """[CLS], the text (..., T), [SEP]: (..., T + 2)."""
     return F.pad(F.pad(text, (1, 0), value=vocab["[CLS]"]), (0, 1), value=vocab["[SEP]"])
 
 
@@ -462,21 +478,20 @@ def make_exam(text: Tensor, vocab: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def by_position(net: Bert, exam: tuple, length: int, vocab: dict, batch: int) -> Tensor:
+def by_position(net: Bert, exam: tuple, length: int, what: str, vocab: dict,
+                args: argparse.Namespace) -> Tensor:
     """How many tokens of `exam` net guesses right, and how many it is asked for, at each position:
-    (2, length). The text is cut into windows of `length`, [CLS] and [SEP] counted in; `batch`
-    tokens at once.
-    """
+    (2, length); says the share. Windows are of `length`, [CLS] and [SEP] counted in."""
     text, inputs, asked = (part.unfold(0, length - 2, length - 2) for part in exam)
-    total, k = torch.zeros(2, length, device=text.device), max(1, batch // length)
+    total, k = torch.zeros(2, length, device=text.device), args.batch_size
     parts = zip(text.split(k), inputs.split(k), asked.split(k))
     for truth, seen, ask in watch(parts, math.ceil(len(text) / k), "evaluating, batch"):
-        ask = F.pad(ask, (1, 1))  # (B, L)
-        at = ask.flatten().nonzero()[:, 0]
-        right = torch.zeros(ask.numel(), device=at.device)
-        guess = net(frame(seen, vocab), at=at).argmax(-1)
-        right[at] = (guess == frame(truth, vocab).flatten()[at]).float()
-        total += torch.stack([right.view(ask.shape).sum(0), ask.sum(0)])
+        at = F.pad(ask, (1, 1)).flatten().nonzero()[:, 0]
+        with autocast(args):
+            guess = net(frame(seen, vocab), at=at).argmax(-1)
+        right = at[guess == frame(truth, vocab).flatten()[at]]
+        total += torch.stack([(of % length).bincount(minlength=length) for of in (right, at)])
+    say(f"{what:44}{100 * accuracy(total):5.1f} %")
     return total.cpu()
 
 
@@ -509,9 +524,13 @@ def far_mentions(net: Bert, text: Tensor, length: int, reach: int, span: int, vo
 
 
 def first_row(p: Tensor) -> dict[str, float]:
-    """The norm of p_1 and the median of the others: every code past n holds -beta p_1."""
+    """The norm of p_1 and the median of the others; says so if p_1 is an outlier."""
     norms = p.detach().norm(dim=1)
-    return {"p_1": norms[0].item(), "others": norms[1:].median().item()}
+    found = {"p_1": norms[0].item(), "others": norms[1:].median().item()}
+    if found["p_1"] > 2 * found["others"]:  # every code past n holds -beta p_1
+        say(f"p_1, of [CLS], has norm {found['p_1']:.2f}, the others {found['others']:.2f}: it is "
+            "in every code past n and harms it; --arms anchor leaves it out")
+    return found
 
 
 def exactness(p: Tensor, alpha: float) -> dict[str, float]:
@@ -532,16 +551,12 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
     rows = max(1, args.batch_size // (args.times * RANKS)) * RANKS  # so many tokens as in training
 
     def measure(net: Bert, length: int, what: str) -> Tensor:
-        with autocast(args):
-            total = by_position(net, exam, length, vocab, args.batch_size * n)
-        say(f"{what:44}{100 * accuracy(total):5.1f} %")
-        return total
+        return by_position(net, exam, length, what, vocab, args)
 
     common = torch.bincount(text).argmax()
     metrics = dict(n=n, length=length, asked=int(exam[2].sum()), first_row=first_row(net.positions),
                    unigram=(exam[0][exam[2]] == common).double().mean().item(),
                    exactness=exactness(net.positions, args.alpha))
-    warn_of(metrics["first_row"])
     say(f"accuracy on {metrics['asked']:,} masked tokens (the commonest token everywhere: "
         f"{100 * metrics['unigram']:.1f} %)")
     metrics["at_n"] = accuracy(measure(net, n, f"at {n}"))
@@ -549,14 +564,14 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
               for way in WAYS}
     after, metrics["far_mentions"] = {}, {}
     for way in args.arms if args.tune_steps else ():
-        arm = tune(stretched(net, way, args), text, length, rows, vocab, args)
+        arm = tune(stretched(net, way, args), masked_loss, text, length, rows, vocab, args)
         after[way] = measure(arm, length, f"at {length}, {args.tune_steps} steps, {way}")
         with autocast(args):
             metrics["far_mentions"][way] = far_mentions(arm, exam[0], length, n, span, vocab)
         if way == args.arms[0] and not RANK:
             write_bert(out / f"bert-{length}", plain(arm, length), vocab)
     if args.tune_steps:
-        control = tune(copy.deepcopy(net), text, n, args.batch_size, vocab, args)
+        control = tune(copy.deepcopy(net), masked_loss, text, n, args.batch_size, vocab, args)
         metrics["control"] = accuracy(measure(control, n, f"at {n}, as many steps"))
     for name, arms in dict(before=before, after=after).items():
         metrics[name] = {way: accuracy(total) for way, total in arms.items()}
@@ -564,11 +579,30 @@ def report(net: Bert, text: Tensor, test: Tensor, vocab: dict, args: argparse.Na
     return metrics
 
 
-def warn_of(norms: dict[str, float]) -> None:
-    """Says so if p_1 is an outlier."""
-    if norms["p_1"] > 2 * norms["others"]:
-        say(f"p_1, of [CLS], has norm {norms['p_1']:.2f}, the others {norms['others']:.2f}: it is "
-            "in every code past n and harms it; --arms anchor leaves it out")
+def classify(net: Bert, documents: Tensor, vocab: dict, args: argparse.Namespace) -> dict:
+    """The post's other experiment: labels told after --tune-steps from up to n tokens, then from up
+    to --times n in each of --arms. Says and returns the shares that are right of the first tenth of
+    the documents, which is held out, and of those longer than n in it."""
+    n, k, labels = len(net.positions), len(documents) // 10, documents[:, 0].long()
+    longer = (documents[:k, 1:] != vocab["[PAD]"]).sum(1) > n
+    metrics = dict(n=n, length=args.times * n, first_row=first_row(net.positions), held_out=k,
+                   longer=int(longer.sum()), right={})
+
+    def note(what: str, told: Tensor) -> None:
+        right = told == labels[:k]
+        shares = [part.double().mean().item() for part in (right, right[longer])]
+        metrics["right"][what] = dict(zip(("all", "longer"), shares))
+        say(f"{what:44}{100 * shares[0]:5.1f} %, if longer than {n} {100 * shares[1]:5.1f} %")
+
+    note("the commonest label", labels[k:].mode().values)
+    # up to n the codes of the post's way are those of the BERT as it was
+    for length, way in ((n, "hierarchical"), *((args.times * n, way) for way in args.arms)):
+        arm = Classifier(stretched(net, way, args), 1 + int(labels.max()), vocab["[PAD]"])
+        tune(arm.to(labels.device), label_loss, documents[k:], length, args.batch_size, vocab, args)
+        with torch.no_grad(), autocast(args):
+            parts = documents[:k, 1:length + 1].split(args.batch_size)
+            note(f"at {length}, {way}", torch.cat([arm(part).argmax(1) for part in parts]))
+    return metrics
 
 
 def draw_accuracy(path: Path, width: int, arms: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -585,7 +619,8 @@ def draw_accuracy(path: Path, width: int, arms: dict[str, Tensor]) -> dict[str, 
 # ---- training ----
 # Random streams: torch.manual_seed(seed) the first weights; generator(seed, step) the windows and
 # masks of step `step`; generator(seed, step, 2) those of a step of tuning, alike for all arms;
-# generator(seed, 0, 3) new rows, random; generator(1) the masks of the test text, in every run.
+# generator(seed, 0, 3) new rows, random; in every run generator(1) the masks of the test text, and
+# generator(4) which documents are held out.
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that each are right, but not together."""
@@ -598,10 +633,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--arms {' '.join(sorted(wrong))}: not one of {', '.join(WAYS)}")
     if args.stretch_only and not (args.bert or args.resume):
         raise UserError("--stretch-only: needs --bert or --resume")
-    try:
-        check_alpha(args.alpha)
-    except ValueError as error:
-        raise UserError(f"--alpha {args.alpha}: {error}") from None
+    if not 0 < args.alpha < 1 or args.alpha == 0.5:
+        raise UserError(f"--alpha {args.alpha}: within (0, 1), but not 0.5, 7947 (1)")
 
 
 def load_data(args: argparse.Namespace, device: torch.device, vocab: dict, n: int
@@ -614,6 +647,28 @@ def load_data(args: argparse.Namespace, device: torch.device, vocab: dict, n: in
         raise UserError(f"--data {args.data}: {min(map(len, parts))} tokens to test on, too few "
                         f"for windows of {args.times * n}")
     return parts
+
+
+def load_labelled(args: argparse.Namespace, device: torch.device, vocab: dict, n: int) -> Tensor:
+    """The documents of --classify in a mixed order, always the same, (N, 1 + L): the number of the
+    label, [CLS], the tokens, [SEP], of these the first --times n, then [PAD]. Raises UserError."""
+    rows, numbers, k, what = [], {}, 0, f"--classify {args.classify}"
+    try:
+        text = b"\n".join(load_text(args.classify, args.cache)).decode("utf-8", "replace")
+        for k, line in enumerate(text.rstrip("\n").split("\n"), 1):
+            row = json.loads(line) if line[:1] == "{" else \
+                dict(zip(("label", "sentence"), line.split("\t", 1)))
+            tokens = frame(encode(row["sentence"].encode(), vocab), vocab)[:args.times * n]
+            label = numbers.setdefault(str(row["label"]), len(numbers))
+            rows.append(F.pad(tokens, (1, 0), value=label))
+    except UserError as error:
+        raise UserError(str(error).replace("--data", "--classify")) from None
+    except (ValueError, LookupError, AttributeError):
+        raise UserError(f"{what}, line {k}: not label, tab, text, nor CLUE's JSON") from None
+    if len(numbers) < 2 or len(rows) < 10:
+        raise UserError(f"{what}: {len(rows)} lines, labels {len(numbers)}; it takes 10, and 2")
+    order = torch.randperm(len(rows), generator=generator("cpu", 4))
+    return nn.utils.rnn.pad_sequence(rows, True, vocab["[PAD]"])[order].to(device)
 
 
 def read_start(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], dict]:
@@ -677,9 +732,9 @@ def berts_adam(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
-def learn(net: nn.Module, opt: torch.optim.Optimizer, text: Tensor, length: int, rows: int,
-          g: torch.Generator, vocab: dict, args: argparse.Namespace) -> Tensor:
-    """A step on `rows` windows of `length`, drawn from text (T,) and corrupted by g; its loss."""
+def masked_loss(net: nn.Module, text: Tensor, length: int, rows: int, g: torch.Generator,
+                vocab: dict, args: argparse.Namespace) -> Tensor:
+    """BERT's loss on `rows` windows of `length`, drawn from text (T,) and corrupted by g."""
     starts = torch.randint(len(text) - length + 3, (rows, 1), generator=g, device=text.device)
     truth = text[starts + torch.arange(length - 2, device=text.device)].long()  # (rows, L - 2)
     inputs, where = corrupt(truth, vocab["[MASK]"], len(vocab["words"]), g)
@@ -687,31 +742,45 @@ def learn(net: nn.Module, opt: torch.optim.Optimizer, text: Tensor, length: int,
     first = length * torch.arange(len(where), device=text.device)[:, None] + 1  # after [CLS]
     with autocast(args):
         logits = net(frame(inputs, vocab), at=(first + where).flatten())
-        value = F.cross_entropy(logits.float(), truth.gather(1, where).flatten())
+    return F.cross_entropy(logits.float(), truth.gather(1, where).flatten())
+
+
+def label_loss(net: nn.Module, documents: Tensor, length: int, rows: int, g: torch.Generator,
+               vocab: dict, args: argparse.Namespace) -> Tensor:
+    """A Classifier's loss on `rows` of the documents, drawn by g, up to `length` tokens of each."""
+    chosen = documents[mine(torch.randint(len(documents), (rows,), generator=g, device=g.device))]
+    with autocast(args):
+        logits = net(chosen[:, 1:length + 1])
+    return F.cross_entropy(logits.float(), chosen[:, 0].long())
+
+
+def learn(net: nn.Module, opt: torch.optim.Optimizer, value: Tensor, clip: float) -> Tensor:
+    """A step down the gradient of the loss `value`, cut to a norm of `clip`; returns the value."""
     value.backward()
-    nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+    nn.utils.clip_grad_norm_(net.parameters(), clip)
     opt.step()
     opt.zero_grad()
     return value.detach()
 
 
-def for_training(net: Bert, args: argparse.Namespace) -> nn.Module:
+def for_training(net: nn.Module, args: argparse.Namespace) -> nn.Module:
     """net, compiled with --compile, its gradients shared by the ranks; an exam's windows differ in
     what they ask for, which would compile it again and again."""
     run = torch.compile(net) if args.compile else net
     return nn.parallel.DistributedDataParallel(run) if RANKS > 1 else run
 
 
-def tune(net: Bert, text: Tensor, length: int, rows: int, vocab: dict, args: argparse.Namespace
-         ) -> Bert:
-    """net itself, after --tune-steps on `rows` windows of `length` each; its own Adam."""
+def tune(net: nn.Module, loss: Callable, text: Tensor, length: int, rows: int, vocab: dict,
+         args: argparse.Namespace) -> nn.Module:
+    """net itself, after --tune-steps of `loss` on `rows` of `length` each; its own Adam."""
     opt, wrapped, (_, height) = berts_adam(net), for_training(net, args), heights(args)
     for step in watch(range(args.tune_steps), args.tune_steps, f"tuning at {length}, step"):
         opt.param_groups[0]["lr"] = learning_rate(step, args.tune_steps, height, args.warmup)
         g = generator(text.device, args.seed, step, 2)
-        loss = learn(wrapped, opt, text, length, rows, g, vocab, args)
-        if step + 1 == args.tune_steps and not loss.isfinite():
-            raise FloatingPointError(f"tuning at {length}: loss {loss}; a smaller --tune-lr?")
+        value = loss(wrapped, text, length, rows, g, vocab, args)
+        learn(wrapped, opt, value, args.clip_grad)
+        if step + 1 == args.tune_steps and not value.isfinite():
+            raise FloatingPointError(f"tuning at {length}: loss {value}; a smaller --tune-lr?")
     return net
 
 
@@ -720,12 +789,13 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     c, weights, vocab = read_start(args)
     n = c["max_position_embeddings"]
     text, valid, test = load_data(args, device, vocab, n)
+    documents = load_labelled(args, device, vocab, n) if args.classify else None
     net = build(args, device, c, weights)
     opt = berts_adam(net)
     parts = dict(model=net, opt=opt)
     first = restore(state, parts)
     make_room(args)
-    if args.bert and not any(name.startswith("cls.") for name in weights):
+    if args.bert and not (args.classify or any(name.startswith("cls.") for name in weights)):
         say(f"{args.bert} has no head for masked tokens: a new one learns in the --steps at {n}")
     wrapped, (height, _) = for_training(net, args), heights(args)
     progress = Progress(args, first, sum(p.numel() for p in net.parameters()),
@@ -735,17 +805,16 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         save_checkpoint(args, step, parts)
         if not end and not RANK:
             exam = make_exam(valid[:args.eval_tokens].long(), vocab)
-            with autocast(args):
-                share = accuracy(by_position(net, exam, n, vocab, args.batch_size * n))
-            say(f"validation: accuracy {100 * share:.1f} %")
+            by_position(net, exam, n, f"validation at {n}", vocab, args)
 
     for step in training(args, first, save):
         lr = opt.param_groups[0]["lr"] = learning_rate(step, args.steps, height, args.warmup)
         g = generator(device, args.seed, step)
-        loss = learn(wrapped, opt, text, n, args.batch_size, g, vocab, args)
-        progress.add(step + 1, loss=loss, lr=lr)
+        value = masked_loss(wrapped, text, n, args.batch_size, g, vocab, args)
+        progress.add(step + 1, loss=learn(wrapped, opt, value, args.clip_grad), lr=lr)
     seconds = time.perf_counter() - progress.begin
-    metrics = report(net, text, test, vocab, args)
+    metrics = report(net, text, test, vocab, args) if documents is None else \
+        classify(net, documents, vocab, args)
     if not RANK:
         write_metrics(args, metrics | dict(
             step=args.steps, seed=args.seed, train_seconds=seconds,
@@ -758,7 +827,7 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict | No
     net = build(args, device, c, weights)
     restore(state, dict(model=net))
     make_room(args)
-    warn_of(first_row(net.positions))
+    first_row(net.positions)
     length = args.times * len(net.positions)
     path = Path(args.out) / f"bert-{length}"
     head = bool(state) or any(name.startswith("cls.") for name in weights)
@@ -779,8 +848,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         seed=       (0,                    0, "of weights, noise and order"),
         bert=       ("",                   None, "a Hugging Face folder to start from, and its "
                      "words; without, a small BERT of bytes"),
-        n=          (64,        128,       8, "positions trained, without --bert; [CLS] and "
-                     "[SEP] are among them"),
+        n=          (64,        128,       8, "positions trained, [CLS] and [SEP] too; not --bert"),
         width=      (128,       256,       2, "channels"),
         layers=     (2,         6,         1, "attention and two dense layers each"),
         heads=      (4,                    1, "of attention; an even share of the width each"),
@@ -795,13 +863,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         times=      (4,                    2, "how many times as many positions"),
         arms=       (["hierarchical", "tile", "random"], None,
                      f"what is tuned, of {' '.join(WAYS)}; the first is written as a folder"),
-        tune_steps= (400,       2000,      0, "steps at the new length, for each of --arms, and at "
-                     "n for the control"),
+        tune_steps= (400,       2000,      0, "at the new length for each arm, and the control"),
         tune_lr=    (0.0,                  0, "the learning rate of these; 0: half of the other"),
         eval_tokens=(65_536,    1_048_576, 1, "of the test text that are used"),
         span=       (0,                    0, "tokens of a far mention; 0: 6 bytes, 1 word piece"),
-        stretch_only=(False,               None, "train nothing: write --bert or ckpt.pt with more "
-                     "positions"),
+        classify=   ("",                   None, "a file of documents whose labels are learnt in "
+                     "the end: lines of label, tab, text, or CLUE's JSON; with --tune-steps"),
+        stretch_only=(False,               None, "no training: write --bert or ckpt.pt stretched"),
     )
     return read_flags("hier_pos_bert", __doc__.partition("\n")[0], argv, experiment, others)
 

@@ -74,16 +74,15 @@ def main(argv: list[str] | None = None) -> dict[str, list[list[float]]]:
         n, length = len(net.positions), args.times * len(net.positions)
         exam = hier.make_exam(test[:args.eval_tokens].long(), vocab)
 
-        def measure(net: hier.Bert, length: int = length) -> float:
-            return 100 * hier.accuracy(hier.by_position(net, exam, length, vocab, args.batch_size * n))
+        def measure(net: hier.Bert, what: str, length: int = length) -> float:
+            return 100 * hier.accuracy(hier.by_position(net, exam, length, what, vocab, args))
         for name in [*opt.alphas, *opt.others]:
             long = arm(net, name, args)
-            before = measure(long)
-            tuned = hier.tune(long, text, length, max(1, args.batch_size // args.times), vocab, args)
-            table.setdefault(name, []).append([before, measure(tuned)])
-            print(seed, name, table[name][-1], flush=True)
-        control = hier.tune(copy.deepcopy(net), text, n, args.batch_size, vocab, args)
-        table.setdefault(f"at {n}", []).append([measure(net, n), measure(control, n)])
+            before = measure(long, f"{name}, not tuned")
+            tuned = hier.tune(long, hier.masked_loss, text, length, max(1, args.batch_size // args.times), vocab, args)
+            table.setdefault(name, []).append([before, measure(tuned, name)])
+        control = hier.tune(copy.deepcopy(net), hier.masked_loss, text, n, args.batch_size, vocab, args)
+        table.setdefault(f"at {n}", []).append([measure(net, f"at {n}", n), measure(control, f"at {n}, tuned", n)])
     print(f"\n| alpha | at {length}, not tuned | after {args.tune_steps} steps |\n| --- | --- | --- |")
     for name, rows in table.items():
         cells = [f"{np.mean(column):.1f}" + (f" ± {np.std(column, ddof=1):.1f}" if len(column) > 1 else "") for column in zip(*rows)]
