@@ -533,6 +533,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be, before any work begins."""
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {SPAN * RANKS}")
+    if args.window > 1000:
+        raise UserError(f"--window {args.window}: at most 1000")
 
 
 def load_data(args: argparse.Namespace, device: torch.device,

@@ -1203,7 +1203,7 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
     ([*BASE, "--min-count", "9999"], "0 words come 9999 times"),
     ([*BASE, "--sample", "1e-9"], "of those that --sample leaves no line has two"),
     ([*BASE, "--model", "skipgram", "--batch-size", "40"], "multiple of 32"),
-    ([*BASE, "--window", str(2**61)], "overflow int64"),
+    ([*BASE, "--window", "1001"], "at most 1000"),
     ([*BASE, "--p", "1e9"], "too large for float32"),
     (["--query", "a"], "vectors.bin"),
     (["--vectors", "none.bin"], "none.bin: No such file"),
@@ -1226,7 +1226,7 @@ def test_wrong_input_is_one_line_before_the_work(argv, line, capsys):
     assert w.main(argv) == 2
     err = capsys.readouterr().err
     assert line in err and err.count("\n") == 1
-    assert line.startswith("overflow") or line.startswith("too large") or not Path("out").exists()
+    assert line.startswith("too large") or not Path("out").exists()
 
 
 @pytest.mark.parametrize("argv", [["--dim", "1"], ["--vocabulary", "1"], ["--window", "0"],
