@@ -82,22 +82,6 @@ def vq_attention_quadratic(q: Tensor, k_hat: Tensor, v: Tensor, bias: Tensor | N
     return scores.softmax(-1) @ v  # 9844 (1), (2)
 
 
-def band(bias: Tensor, rows: int, past: int, outside: float = 0.0) -> Tensor:
-    """B of 9844 (9) for the last `rows` of past + rows tokens: (..., rows, past + rows).
-
-    B_{i,j} is bias[i - j] for 0 <= i - j <= M, -inf for j > i (the mask of (7)) and `outside`
-    beyond the window. bias: (M+1,), so that B is Toeplitz, or (..., rows, M+1), for each query.
-    """
-    # The text before (9) has B_{i,j} = 0 where i < j or i - j <= l; its figure and (9) mean this.
-    distance = (past + torch.arange(rows, device=bias.device)[:, None]
-                - torch.arange(past + rows, device=bias.device))  # i - j
-    M = bias.shape[-1] - 1
-    near = distance.clamp(0, M)
-    B = bias[near] if bias.ndim == 1 else bias.gather(-1, near.expand(*bias.shape[:-1], -1))
-    B = B.masked_fill(distance > M, outside)  # 9844 (9)
-    return B.masked_fill(distance < 0, -math.inf)  # the M of 9844 (7)
-
-
 def quantize(k: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """9844 (2): ids (...) of the codes nearest to k (..., d_k), the first of equals, and K_hat.
 
@@ -118,17 +102,17 @@ def vq_attention_encoder(q: Tensor, ids: Tensor, v: Tensor, codebook: Tensor) ->
 
     Delta^T V is a sum of values by code, and in the denominator (3), V = 1, Delta^T 1 a count.
     """
-    U, count = accumulate(*no_sums(v, codebook), ids, v)  # Delta^T V (B, c, d_v), Delta^T 1 (B, c)
+    U, count = accumulate(*no_sums(v, len(codebook)), ids, v)  # Delta^T V and Delta^T 1
     scores = (q @ codebook.T).masked_fill(count[:, None] == 0, -math.inf)  # of codes in use
     weights = (scores - scores.amax(-1, keepdim=True)).exp()  # exp(Q C^T); the maximum cancels
     return weights @ U / (weights @ count[..., None])  # 9844 (4) over (4) with V = 1: (3)
 
 
-def no_sums(v: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def no_sums(v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """U_{-1} = 0 (B, c, d_v) and its count (B, c): float32 at least, as bfloat16 stops at 256."""
     dtype = torch.promote_types(v.dtype, torch.float32)
-    U = torch.zeros(len(v), len(codebook), v.shape[-1], dtype=dtype, device=v.device)
-    return U, U[..., 0].clone()
+    U = v.new_zeros(len(v), codes, v.shape[-1], dtype=dtype)
+    return U, U.new_zeros(U.shape[:2])
 
 
 def accumulate(U: Tensor, count: Tensor, ids: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +134,23 @@ class Memory(NamedTuple):
 
 def first_state(k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor) -> Memory:
     """Before any token: an empty window, and U_{-1} = 0. Of the tensors only shapes are used."""
-    return Memory(k_hat[:, :0], ids[:, :0], v[:, :0], *no_sums(v, codebook))
+    return Memory(k_hat[:, :0], ids[:, :0], v[:, :0], *no_sums(v, len(codebook)))
+
+
+def band(bias: Tensor, rows: int, past: int, outside: float = 0.0) -> Tensor:
+    """B of 9844 (9) for the last `rows` of past + rows tokens: (..., rows, past + rows).
+
+    B_{i,j} is bias[i - j] for 0 <= i - j <= M, -inf for j > i (the mask of (7)) and `outside`
+    beyond the window. bias: (M+1,), so that B is Toeplitz, or (..., rows, M+1), for each query.
+    """
+    # The text before (9) has B_{i,j} = 0 where i < j or i - j <= l; its figure and (9) mean this.
+    distance = (past + torch.arange(rows, device=bias.device)[:, None]
+                - torch.arange(past + rows, device=bias.device))  # i - j
+    M = bias.shape[-1] - 1
+    near = distance.clamp(0, M)
+    B = bias[near] if bias.ndim == 1 else bias.gather(-1, near.expand(*bias.shape[:-1], -1))
+    B = B.masked_fill(distance > M, outside)  # 9844 (9)
+    return B.masked_fill(distance < 0, -math.inf)  # the M of 9844 (7)
 
 
 def block_attention(q: Tensor, k_hat: Tensor, v: Tensor, B: Tensor, codebook: Tensor, U: Tensor,
@@ -180,30 +180,21 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
     """
     # The post defines U_i with sum_{j<i} before (8), but (8) and (10) need j <= i, as their
     # recursion has it. Of (10) it stops the gradient of U_{i-2}, there called U_{i-1}.
-    n, M = q.shape[1], bias.shape[-1] - 1
     *window, U, count = state or first_state(k_hat, ids, v, codebook)
-    seen = [torch.cat(pair, 1) for pair in zip(window, (k_hat, ids, v))]  # (B, w + n, ...) each
-    w, begins = seen[1].shape[1] - n, [*range(0, n, block), n]
-    leaves = [max(0, w + i - M) for i in begins]  # tokens before it are in U as block i begins
-    # Tokens in pieces, cut where a block begins or one leaves the window: piece at[t] begins with
-    # token t. (Slices of the whole would each have a backward of n numbers: quadratic time.)
-    cuts = sorted({0, w + n, *leaves, *(w + i for i in begins)})
-    at = {cut: piece for piece, cut in enumerate(cuts)}
-    sizes = [end - begin for begin, end in zip(cuts, cuts[1:])]
-    k, z, x = (part.split(sizes, 1) for part in seen)
-    out, done, B = [], 0, band(bias, block, M) if bias.ndim == 1 else None
-    for i, leave, q_i in itertools.zip_longest(begins, leaves, q.split(block, 1)):
-        for piece in range(done, at[leave]):  # 9844 (8): now U_{i-2} of (10), if M = l
-            U, count = accumulate(U, count, z[piece], x[piece] if through else x[piece].detach())
-        done = at[leave]
-        if i < n:
-            rows, past = q_i.shape[1], w + i - leave
-            near = slice(done, at[w + i + rows])  # the window and the block: V_[i-1] and V_[i]
-            B_i = B[:rows, M - past:M + rows] if bias.ndim == 1 else \
-                band(bias[:, i:i + rows], rows, past)
-            out.append(block_attention(q_i, torch.cat(k[near], 1), torch.cat(x[near], 1), B_i,
-                                       codebook, U, count))  # 9844 (7), (10)
-    return torch.cat(out, 1), Memory(*(part[:, leaves[-1]:] for part in seen), U, count)
+    M, out = bias.shape[-1] - 1, []
+    B = band(bias, block, M) if bias.ndim == 1 else None  # alike for all blocks
+    blocks = zip(*(part.split(block, 1) for part in (q, k_hat, ids, v)))
+    for i, (q_i, *new) in zip(range(0, q.shape[1], block), blocks):
+        k, z, x = (torch.cat(pair, 1) for pair in zip(window, new))  # of window and block
+        rows, past = q_i.shape[1], window[1].shape[1]
+        B_i = B[:rows, M - past:M + rows] if bias.ndim == 1 else \
+            band(bias[:, i:i + block], rows, past)
+        out.append(block_attention(q_i, k, x, B_i, codebook, U, count))  # 9844 (7), (10)
+        old = max(0, past + rows - M)  # so many tokens leave the window
+        gone = x[:, :old] if through else x[:, :old].detach()
+        U, count = accumulate(U, count, z[:, :old], gone)  # 9844 (8), (10)
+        window = [part[:, old:] for part in (k, z, x)]
+    return torch.cat(out, 1), Memory(*window, U, count)
 
 
 def vq_attention_cumsum(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor,
@@ -214,52 +205,40 @@ def vq_attention_cumsum(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebo
     The same output and state. It holds n / L sums (c, d_v) and takes as many kernels whatever n
     is: meant for a GPU, while they fit.
     """
-    n, M, c = q.shape[1], bias.shape[-1] - 1, len(codebook)
     *window, U, count = state or first_state(k_hat, ids, v, codebook)
-    w, m = window[1].shape[1], -(-n // block)
-    front, back = M - w, m * block - n  # empty places, so that every block has a whole window
     seen = [torch.cat(pair, 1) for pair in zip(window, (k_hat, ids, v))]  # (B, w + n, ...) each
+    n, M, c = q.shape[1], bias.shape[-1] - 1, len(codebook)
+    m = -(-n // block)
+    front, back = M + n - seen[1].shape[1], m * block - n  # empty places: all windows, blocks full
     k, x = (F.pad(part, (0, 0, front, back)) for part in seen[::2])  # (B, M + m L, ...)
-    place = torch.arange(M + m * block, device=q.device)
-    real = (place >= front) & (place < M + n)
     near_k, near_x = (part.unfold(1, M + block, block).mT for part in (k, x))  # (B, m, M+L, ...)
-    B = band(bias, block, M) if bias.ndim == 1 else \
-        band(F.pad(bias, (0, 0, 0, back)).unflatten(1, (m, block)), block, M)
-    hidden = ~real.unfold(0, M + block, block)[:, None]  # (m, 1, M+L)
-    B = B.expand(*B.shape[:-3], m, -1, -1).masked_fill(hidden, -math.inf)
-    # what leaves the window in each block, summed by code: m blocks are as m c codes
-    gone = (real & (place < n))[:m * block].expand(len(q), -1)
-    x = x[:, :m * block] if through else x[:, :m * block].detach()
-    z = F.pad(seen[1], (front, back))[:, :m * block] + c * (place[:m * block] // block)
-    U_each = U.new_zeros(len(q), m * c, v.shape[-1]).scatter_add(
-        1, z[..., None].expand_as(x), x.to(U.dtype) * gone[..., None])
-    count_each = count.new_zeros(len(q), m * c).scatter_add(1, z, gone.to(count.dtype))
+    if bias.ndim == 3:
+        bias = F.pad(bias, (0, 0, 0, back)).unflatten(1, (m, block))
+    B = band(bias, block, M)  # the same for all blocks, but that there is nothing in front
+    place = torch.arange(M + m * block, device=q.device).unfold(0, M + block, block)[:, None]
+    B = B.expand(*B.shape[:-3], m, -1, -1).masked_fill(place < front, -math.inf)
+    # What leaves the window, summed in each block; what is not there, or stays, has a code c.
+    z = F.pad(F.pad(seen[1], (front, 0), value=c)[:, :n], (0, back), value=c)
+    old = (x if through else x.detach())[:, :m * block].reshape(-1, block, v.shape[-1])
+    sums = accumulate(*no_sums(old, c + 1), z.reshape(-1, block), old)
     # 9844 (5), of blocks: (B, m+1, c, d_v)
-    U_all = torch.cat([U[:, None], U_each.unflatten(1, (m, c))], 1).cumsum(1)
-    count_all = torch.cat([count[:, None], count_each.unflatten(1, (m, c))], 1).cumsum(1)
-    out = block_attention(F.pad(q, (0, 0, 0, back)).unflatten(1, (m, block)), near_k, near_x, B,
-                          codebook, U_all[:, :-1], count_all[:, :-1])
-    last = max(0, w + n - M)
-    return (out.flatten(1, 2)[:, :n],
-            Memory(*(part[:, last:] for part in seen), U_all[:, -1], count_all[:, -1]))
+    U, count = (torch.cat([before[:, None], each[:, :c].unflatten(0, (-1, m))], 1).cumsum(1)
+                for before, each in zip((U, count), sums))
+    q = F.pad(q, (0, 0, 0, back)).unflatten(1, (m, block))
+    out = block_attention(q, near_k, near_x, B, codebook, U[:, :-1], count[:, :-1])
+    last = [part[:, max(0, part.shape[1] - M):] for part in seen]
+    return out.flatten(1, 2)[:, :n], Memory(*last, U[:, -1], count[:, -1])
 
 
 def vq_step(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor, bias: Tensor,
             state: Memory) -> tuple[Tensor, Memory]:
     """9844 (6) with the window of (10): the next token, in time and memory that n does not enter.
 
-    q, k_hat (B, d_k), ids (B,), v (B, d_v), bias (M+1,) or (B, 1, M+1); also with an axis of 1
-    token after B, as in vq_attention: O has the shape of v.
+    q, k_hat (B, d_k), ids (B,), v (B, d_v), bias (M+1,) or (B, 1, M+1). It is a block of one.
     """
-    k, z, x = (torch.cat([old, new.reshape(len(q), 1, *old.shape[2:])], 1)
-               for old, new in zip(state, (k_hat, ids, v)))  # (B, w+1, ...)
-    U, count, w = state.U, state.count, z.shape[1]
-    out = block_attention(q.reshape(len(q), 1, -1), k, x, bias[..., :w].flip(-1), codebook, U,
-                          count)
-    if w == bias.shape[-1]:  # M + 1: the oldest leaves the window
-        U, count = accumulate(U, count, z[:, :1], x[:, :1])  # 9844 (6)
-        k, z, x = k[:, 1:], z[:, 1:], x[:, 1:]
-    return out.view_as(v), Memory(k, z, x, U, count)
+    token = (part[:, None] for part in (q, k_hat, ids, v))
+    out, state = vq_attention(*token, codebook, bias, 1, state)  # 9844 (6)
+    return out[:, 0], state
 
 
 def kmeans(keys: Tensor, codebook: Tensor, rounds: int = 10) -> tuple[Tensor, Tensor]:
@@ -283,18 +262,16 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int,
     past: all keys and values before, (B, w, ...), returned with these after them. With `window`
     nothing beyond the M last tokens is seen or kept: (10) without its third term.
     """
-    n, M = q.shape[1], bias.shape[-1] - 1
     k, v = (torch.cat(pair, 1) for pair in zip(past, (k, v))) if past else (k, v)
-    w, out = k.shape[1] - n, []
-    for i in range(0, n, block):
-        rows, first = min(block, n - i), max(0, w + i - M) if window else 0
-        B = band(bias if bias.ndim == 1 else bias[:, i:i + rows], rows, w + i - first,
-                 -math.inf if window else 0.0)
-        keys = slice(first, w + i + rows)
-        out.append(F.scaled_dot_product_attention(q[:, i:i + rows], k[:, keys], v[:, keys],
-                                                  B.to(q.dtype), scale=1.0))
-    kept = slice(max(0, w + n - M) if window else 0, None)
-    return torch.cat(out, 1), (k[:, kept], v[:, kept])
+    w, M, out = k.shape[1] - q.shape[1], bias.shape[-1] - 1, []
+    for i, q_i in zip(range(w, k.shape[1], block), q.split(block, 1)):
+        first, end = max(0, i - M) if window else 0, i + q_i.shape[1]
+        bias_i = bias if bias.ndim == 1 else bias[:, i - w:end - w]
+        B = band(bias_i, end - i, i - first, -math.inf if window else 0.0).to(q.dtype)
+        out.append(F.scaled_dot_product_attention(q_i, k[:, first:end], v[:, first:end], B,
+                                                  scale=1.0))
+    first = max(0, k.shape[1] - M) if window else 0
+    return torch.cat(out, 1), (k[:, first:], v[:, first:])
 
 
 # ---- model ----
@@ -306,19 +283,23 @@ def all_sum(x: Tensor) -> Tensor:
     return x
 
 
+def all_rows(x: Tensor) -> Tensor:
+    """x (rows, ...) of all ranks, one after another: what `mine` takes its slice of."""
+    whole = x.new_zeros(RANKS * len(x), *x.shape[1:])
+    mine(whole).copy_(x)
+    return all_sum(whole)
+
+
 def code_sums(keys: Tensor, ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """All ranks' keys (N, d_k), by ids (N,): each code's sum (codes, d_k), and number (codes,)."""
-    sums = keys.new_zeros(codes, keys.shape[1]).index_add(0, ids, keys)
-    count = keys.new_zeros(codes).index_add(0, ids, torch.ones_like(keys[:, 0]))
-    return all_sum(sums), all_sum(count)
+    """Delta^T K (codes, d_k) and Delta^T 1 (codes,) of all ranks' keys (N, d_k), ids (N,)."""
+    sums, count = accumulate(*no_sums(keys[None], codes), ids[None], keys[None])
+    return all_sum(sums[0]), all_sum(count[0])
 
 
 def pick(keys: Tensor, count: int, g: torch.Generator) -> Tensor:
     """`count` of all ranks' keys (N, d_k), drawn without replacement, the same on every rank."""
-    rows = torch.randperm(RANKS * len(keys), generator=g, device=keys.device)[:count]
-    rows = rows - RANK * len(keys)
-    here = (rows >= 0) & (rows < len(keys))
-    return all_sum(torch.where(here[:, None], keys[rows.clamp(0, len(keys) - 1)], 0))
+    keys = all_rows(keys)
+    return keys[torch.randperm(len(keys), generator=g, device=keys.device)[:count]]
 
 
 class Codebook(nn.Module):
@@ -378,9 +359,11 @@ class GAU(nn.Module):
     """
 
     def __init__(self, kind: str, width: int, d_k: int, d_v: int, codes: int, window: int,
-                 bias: str, first: int, out_std: float, dropout: float, drop_sinusoid: float):
+                 block: int, bias: str, through: bool, prefix: str, dropout: float,
+                 drop_sinusoid: float, first: int, out_std: float):
         super().__init__()
-        self.kind, self.d_k, self.d_v = kind, d_k, d_v
+        self.d_k, self.d_v, self.block = d_k, d_v, block
+        self.through, self.at_once = through, prefix == "cumsum"
         self.norm, self.shift = nn.RMSNorm(width, eps=1e-6), nn.Parameter(torch.zeros(width))
         self.project = nn.Linear(width, 2 * d_k + 2 * d_v, bias=False)
         self.out = nn.Linear(d_v, width, bias=False)
@@ -397,9 +380,8 @@ class GAU(nn.Module):
             distance = torch.arange(window + 1)
             self.bias = nn.Parameter(12 - 3.4 * torch.log1p((distance - first).abs()))
 
-    def forward(self, x: Tensor, state: tuple | None, kind: str, form: Callable, block: int,
-                through: bool, sinusoids: Tensor | None) -> tuple:
-        """What is added to x (B, n, D); the state; |k - k_hat|^2, (B, n); k (B, n, d_k) and ids."""
+    def forward(self, x: Tensor, state: tuple | None, kind: str, sinusoids: Tensor | None) -> tuple:
+        """What is added to x (B, n, D); the state; mean |k - k_hat|^2; k (B, n, d_k) and ids."""
         h = self.norm(x) + self.shift
         q, k, v, g = self.project(h).split([self.d_k, self.d_k, self.d_v, self.d_v], -1)
         scale = self.d_k ** -0.25  # |q| = |k| = d_k^{1/4}: q k is a cosine times sqrt(d_k)
@@ -412,20 +394,19 @@ class GAU(nn.Module):
             r = self.r(self.drop_sinusoid(sinusoids))  # (M+1, d_k)
             bias = (q + self.b * scale) @ r.mT * scale  # (B, n, M+1)
             q = q + self.a * scale
-        ids, k_hat, commit = None, k, None
+        ids, k_hat, commit = None, k, x.new_zeros(())
         if self.book:
             codebook = self.book.vectors()
             ids, k_hat = quantize(k, codebook)
-            commit = (k - k_hat.detach()).square().sum(-1)
-        if kind == "vq" and x.shape[1] == 1 and state:
-            o, state = vq_step(q, k_hat, ids, v, codebook, bias, Memory(*state))
-        elif kind == "vq":
-            o, state = form(q, k_hat, ids, v, codebook, bias, block, state, through)
-        elif kind == "quadratic":
-            o, state = exact_attention(q, k_hat, v, bias, block, state)
+            commit = (k - k_hat.detach()).square().sum(-1).mean()
+        if kind == "vq":
+            size = -(-x.shape[1] // self.block) * len(x) * self.d_v * len(codebook)
+            at_once = self.at_once and x.shape[1] > 1 and size <= 2**28  # all U_i: at most 1 GiB
+            form = vq_attention_cumsum if at_once else vq_attention
+            o, state = form(q, k_hat, ids, v, codebook, bias, self.block, state, self.through)
         else:
-            keys = k_hat if kind == "window" else k
-            o, state = exact_attention(q, keys, v, bias, block, state, kind == "window")
+            keys = k if kind == "exact" else k_hat
+            o, state = exact_attention(q, keys, v, bias, self.block, state, kind == "window")
         return self.dropout(self.out(o * g)), state, commit, (k.detach(), ids)
 
 
@@ -448,14 +429,13 @@ class TransformerVQ(nn.Module):
                  bias: str = "toeplitz", through: bool = False, prefix: str = "loop",
                  dropout: float = 0.0, drop_sinusoid: float = 0.0, drop_layer: float = 0.0):
         super().__init__()
-        self.attention, self.window, self.block = attention, window, block
-        self.prefix, self.through, self.drop_layer = prefix, through, drop_layer
+        self.attention, self.drop_layer = attention, drop_layer
         self.embed = nn.Embedding(256, width)
         reach = max(1, int(math.log2(max(window, 1))))  # layer i's B begins high near 2^i
         out_std = (12 / layers / d_v) ** 0.5  # departs: the paper has d_v ** -0.5 at any depth
         self.layers = nn.ModuleList(
-            GAU(attention, width, d_k, d_v, codes, window, bias, 2 ** (i % reach), out_std,
-                dropout, drop_sinusoid) for i in range(layers))
+            GAU(attention, width, d_k, d_v, codes, window, block, bias, through, prefix, dropout,
+                drop_sinusoid, 2 ** (i % reach), out_std) for i in range(layers))
         self.last = nn.Linear(width, 256)
         nn.init.normal_(self.last.weight, std=width ** -0.5)
         nn.init.zeros_(self.last.bias)
@@ -467,29 +447,26 @@ class TransformerVQ(nn.Module):
         """Logits (B, n, 256) float32, states to carry on with, the commitment loss of each layer
         (layers,), and each layer's (k, ids), for its codebook.
 
-        attention: another of ATTENTIONS, with the same weights; a state belongs to one of them.
+        attention: another of `ways`, with the same weights; a state belongs to one of them.
         """
         x, after, commits, seen = self.embed(tokens), [], [], []
-        for i, layer in enumerate(self.layers):
-            added, state, commit, keys = layer(
-                x, states[i] if states else None, attention or self.attention, self.form(tokens),
-                self.block, self.through, self.sinusoids)
+        kind = attention or self.attention
+        for layer, state in zip(self.layers, states or [None] * len(self.layers)):
+            added, state, commit, keys = layer(x, state, kind, self.sinusoids)
             if self.training and self.drop_layer:
                 keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_layer
                 added = added * keep / (1 - self.drop_layer)
             x = x + added
             after.append(state)
-            commits.append(x.new_zeros(()) if commit is None else commit.mean())
+            commits.append(commit)
             seen.append(keys)
         return self.last(x).float(), after, torch.stack(commits), seen
 
-    def form(self, tokens: Tensor) -> Callable:
-        """The way to compute (10) on these tokens: all blocks at once if their U take <= 1 GiB."""
-        B, n = tokens.shape
-        layer = self.layers[0]
-        size = B * -(-n // self.block) * layer.d_v * (len(layer.book.count) if layer.book else 0)
-        fits = self.prefix == "cumsum" and size <= 2**28
-        return vq_attention_cumsum if fits else vq_attention
+    def ways(self) -> dict[str, str]:
+        """The attentions that these weights can be read with, by what they are called."""
+        if self.layers[0].book:
+            return {"vq": "vq", "cache off": "window", "exact keys": "exact"}
+        return {self.attention: self.attention}
 
 
 def loss(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -518,18 +495,16 @@ def sample(net: TransformerVQ, tokens: Tensor, count: int, g: torch.Generator,
 # ---- evaluation ----
 
 @torch.no_grad()
-def read_along(net: TransformerVQ, data: Tensor, length: int, rows: int, piece: int,
-                     attention: str) -> Tensor:
-    """loss (N, length) of data (T,), cut into N texts: `rows` at once, `piece` by `piece`."""
-    N = (len(data) - 1) // length
-    starts = torch.arange(N, device=data.device)[:, None] * length
-    texts = data[starts + torch.arange(length + 1, device=data.device)].long()
-    bits = []
-    for part in watch(texts.split(rows), -(-N // rows), f"reading, {attention}: texts"):
+def read_along(net: TransformerVQ, data: Tensor, length: int, kind: str, args: argparse.Namespace
+               ) -> Tensor:
+    """loss (N, length) of data (T,), cut into N texts, a batch at once, --update-len by as many."""
+    texts = data.unfold(0, length + 1, length).long()  # the last byte of each begins the next
+    parts, bits = texts.split(args.batch_size), []
+    for part in watch(parts, len(parts), f"reading, {kind}: texts"):
         states, row = None, []
-        for i in range(0, length, piece):
-            tokens = part[:, i:min(i + piece, length) + 1]
-            logits, states, *_ = net(tokens[:, :-1], states, attention)
+        for i in range(0, length, args.update_len):
+            tokens = part[:, i:i + args.update_len + 1]
+            logits, states, *_ = net(tokens[:, :-1], states, kind)
             row.append(loss(logits, tokens[:, 1:]))
         bits.append(torch.cat(row, 1))
     return torch.cat(bits)
@@ -537,13 +512,55 @@ def read_along(net: TransformerVQ, data: Tensor, length: int, rows: int, piece: 
 
 @torch.no_grad()
 def code_use(net: TransformerVQ, data: Tensor, length: int) -> list[dict[str, float]]:
-    """For each layer: codes in use (perplexity), dead ones' share, and |k - k_hat|^2 / |k|^2."""
+    """For each layer: codes in use (perplexity), dead ones' share, and |k - k_hat|^2 / |k|^2; also
+    said."""
     *_, commits, seen = net(data[None, :length].long())
-    return [dict(perplexity=layer.book.perplexity().item(),
-                 dead=layer.book.dead().float().mean().item(),
-                 relative_error=(commit / k.square().sum(-1).mean()).item())
-            for layer, commit, (k, _) in zip(net.layers, commits, seen) if layer.book]
+    use = []
+    for i, (layer, commit, (k, _)) in enumerate(zip(net.layers, commits, seen)):
+        if book := layer.book:
+            error = commit / k.square().sum(-1).mean()
+            use.append(dict(perplexity=book.perplexity().item(),
+                            dead=book.dead().float().mean().item(), relative_error=error.item()))
+            say(f"  layer {i}: {use[-1]['perplexity']:.1f} of {len(book.count)} codes in use, "
+                f"{use[-1]['dead']:.1%} dead, relative error {use[-1]['relative_error']:.3f}")
+    return use
 
+
+def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
+    """Prints and draws what the page shows; returns the numbers for metrics.json."""
+    trained = args.update_len * args.segments
+    some = test[:args.eval_bytes + 1]
+    length = min(4 * trained, len(some) - 1)
+    edges = [0] + [2**k for k in range(5, 31) if 2**k < length] + [length]
+    near, places = {}, {}
+    say(f"{'bits per byte at the places':28}" + "".join(f"{f'< {b}':>8}" for b in edges[1:]))
+    for name, way in net.ways().items():
+        bits = read_along(net, some, length, way, args)
+        near[name] = bits[:, :trained].mean().item()
+        places[name] = [bits[:, a:b].mean().item() for a, b in zip(edges, edges[1:])]
+        shown = "".join(f"{mean:8.3f}" for mean in places[name])
+        say(f"  {name:12} {near[name]:.4f} to {trained:<6}{shown}")
+    draw_curves(Path(args.out) / "bits.svg", f"bits per byte, trained to {trained}", "position",
+                {name: (edges[1:], means) for name, means in places.items()}, log2=True)
+    metrics = dict(trained_length=trained, edges=edges, bits_per_byte=near, by_position=places,
+                   test_bytes=bits.numel(), codes=code_use(net, test, args.update_len))
+    if args.recall_steps and RANKS == 1:  # its codebooks would wait for the other ranks
+        metrics["recall"] = recall_all(args.recall_steps, args.seed, test.device)
+    return metrics
+
+
+def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namespace) -> str:
+    """Draws `count` texts, always from the same random numbers, into `path`; returns them all."""
+    device = net.embed.weight.device
+    prompt = torch.tensor(list(os.fsencode(args.prompt)), device=device).expand(count, -1)
+    g = generator(device, args.sample_seed, 4)
+    texts = sample(net, prompt, args.length, g, args.temperature, args.nucleus)
+    said = f"\n{'-' * 80}\n".join(bytes(text).decode("utf-8", "replace") for text in texts.tolist())
+    path.write_text(said + "\n", "utf-8")
+    return said
+
+
+# ---- recall: what the cache is for ----
 
 def recall_text(rows: int, pairs: int, far: bool, g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Texts "k v k v ..." (rows, 2 pairs), and how many tokens ago each key was last seen, or 0.
@@ -553,12 +570,12 @@ def recall_text(rows: int, pairs: int, far: bool, g: torch.Generator) -> tuple[T
     """
     keys = 16 if far else 8
     value = torch.randint(8, (rows, keys), generator=g, device=g.device)
+    i = torch.arange(pairs, device=g.device)
     if far:
         cycle = torch.rand(rows, keys, generator=g, device=g.device).argsort(1)
-        which = cycle[:, torch.arange(pairs, device=g.device) % keys]
+        which = cycle[:, i % keys]
     else:
         which = torch.randint(keys, (rows, pairs), generator=g, device=g.device)
-    i = torch.arange(pairs, device=g.device)
     earlier = (which[:, :, None] == which[:, None, :]) & (i < i[:, None])
     last = torch.where(earlier, i, -1).amax(-1)
     ago = torch.where(last < 0, 0, 2 * (i - last))
@@ -574,83 +591,36 @@ def recall(attention: str, far: bool, steps: int, seed: int, device: torch.devic
     with torch.no_grad():  # the first layer begins with the byte before, the second anywhere
         net.layers[0].bias.copy_(8 * (torch.arange(9) == 1))
         net.layers[1].bias.zero_()
-    opt = adam(net, 1e-2, 0.95)
+    opt = adam(net, 0.95)
     for step in range(steps):
         tokens, _ = recall_text(16, 64, far, generator(device, seed, step, 6))
         if step == 0:
             begin_codes(net, tokens, generator(device, seed, 7))
-        set_rate(opt, 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps))
         logits, _, commits, seen = net(tokens[:, :-1])
         value = loss(logits[:, ::2], tokens[:, 1::2]).mean() * math.log(2)
-        (value + 1e-3 * commits.sum()).backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
+        lr = 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps)
+        adam_step(net, opt, value + 1e-3 * commits.sum(), lr, 1.0)
         renew_codes(net, seen, 0.95, step % 16 == 15, generator(device, seed, step, 7))
     tokens, ago = recall_text(256, 64, far, generator(device, seed, 8))
-    ways = {"vq": "vq", "cache off": "window", "exact keys": "exact"} if net.layers[0].book else \
-        {attention: attention}
     right = {}
-    with torch.no_grad():
-        for name, way in ways.items():
+    for name, way in net.ways().items():
+        with torch.no_grad():
             said = net(tokens[:, :-1], None, way)[0][:, ::2].argmax(-1)
-            right[name] = (said == tokens[:, 1::2])[ago > 16].float().mean().item()
+        right[name] = (said == tokens[:, 1::2])[ago > 16].float().mean().item()
     return right
 
 
-def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
-    """Prints and draws what the page shows; returns the numbers for metrics.json."""
-    trained = args.update_len * args.segments
-    some = test[:args.eval_bytes + 1]
-    length = min(4 * trained, len(some) - 1)
-    ways = {"vq": "vq", "cache off": "window", "exact keys": "exact"} if net.layers[0].book else \
-        {args.attention: args.attention}
-    edges = [0] + [2**k for k in range(5, 31) if 2**k < length] + [length]
-    metrics = dict(trained_length=trained, edges=edges, bits_per_byte={}, by_position={})
-    curves = {}
-    say(f"{'bits per byte at the places':28}" + "".join(f"{f'< {b}':>8}" for b in edges[1:]))
-    for name, way in ways.items():
-        bits = read_along(net, some, length, args.batch_size, args.update_len, way)
-        metrics["test_bytes"] = bits.numel()
-        near = bits[:, :trained].mean()
-        means = [bits[:, a:b].mean().item() for a, b in zip(edges, edges[1:])]
-        metrics["bits_per_byte"][name], metrics["by_position"][name] = near.item(), means
-        curves[name] = (edges[1:], means)
-        say(f"  {name:12} {near:.4f} to {trained:<6}" + "".join(f"{mean:8.3f}" for mean in means))
-    draw_curves(Path(args.out) / "bits.svg", f"bits per byte, trained to {trained}",
-                "position", curves, log2=True)
-    metrics["codes"] = code_use(net, test, min(args.update_len, len(test)))
-    say_codes(metrics["codes"], args.codes)
-    if args.recall_steps and RANKS == 1:  # its codebooks would wait for the other ranks
-        metrics["recall"] = {}
-        for name, attention, far in RECALLS:
-            right = recall(attention, far, args.recall_steps, args.seed, test.device)
-            metrics["recall"][name] = right
-            say(f"  recall, {name:38}" + "  ".join(f"{way} {x:.3f}" for way, x in right.items()))
-    return metrics
-
-
-RECALLS = (("trained with vq", "vq", False), ("trained with the window alone", "window", False),
-           ("far only, the post's gradient", "vq", True),
-           ("far only, full straight-through", "quadratic", True))
-
-
-def say_codes(use: list[dict[str, float]], codes: int) -> None:
-    """Prints how the codes of each layer are used."""
-    for i, row in enumerate(use):
-        say(f"  layer {i}: {row['perplexity']:.1f} of {codes} codes in use, "
-            f"{row['dead']:.1%} dead, relative error {row['relative_error']:.3f}")
-
-
-def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namespace) -> str:
-    """Draws `count` texts, always from the same random numbers, into `path`; returns them all."""
-    device = net.embed.weight.device
-    prompt = torch.tensor(list(os.fsencode(args.prompt)), device=device).expand(count, -1)
-    g = generator(device, args.sample_seed, 4)
-    texts = sample(net, prompt, args.length, g, args.temperature, args.nucleus)
-    said = f"\n{'-' * 80}\n".join(bytes(text).decode("utf-8", "replace") for text in texts.tolist())
-    path.write_text(said + "\n", "utf-8")
-    return said
+def recall_all(steps: int, seed: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """`recall` by what trains it: far only, the post's gradient meets its limit. Also said."""
+    arms = {"trained with vq": ("vq", False), "trained with the window alone": ("window", False),
+            "far only, the post's gradient": ("vq", True),
+            "far only, full straight-through": ("quadratic", True)}
+    found = {}
+    for name, arm in arms.items():
+        found[name] = recall(*arm, steps, seed, device)
+        shares = "  ".join(f"{way} {share:.3f}" for way, share in found[name].items())
+        say(f"  recall, {name:38}{shares}")
+    return found
 
 
 # ---- training ----
@@ -662,13 +632,11 @@ def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namesp
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that each are right, but not together."""
     keys = args.batch_size * args.update_len
+    shares = args.ema, args.beta2, args.dropout, args.drop_sinusoid, args.drop_layer
     for wrong, why in (
             (keys < args.codes, f"--codes {args.codes}: an update has {keys} keys to choose from"),
-            (max(args.ema, args.beta2) >= 1, "--ema, --beta2: below 1"),
             (args.bias == "xl" and args.width % 2, "--width: even, with --bias xl"),
-            (max(args.dropout, args.drop_sinusoid, args.drop_layer) >= 1, "--dropout, "
-             "--drop-sinusoid, --drop-layer: below 1"),
-            (args.final > 1, "--final: a share of --lr, 1 at most"),
+            (max(shares) >= 1, "--ema, --beta2 and the dropouts: below 1"),
             (not args.prompt, "--prompt: at least one byte")):
         if wrong:
             raise UserError(why)
@@ -691,18 +659,23 @@ def build(args: argparse.Namespace, device: torch.device) -> TransformerVQ:
                          args.dropout, args.drop_sinusoid, args.drop_layer).to(device)
 
 
-def adam(net: TransformerVQ, lr: float, beta2: float) -> torch.optim.Optimizer:
-    """Adam; the tables of B have five times the rate of the rest, see `set_rate`."""
-    names = {f"layers.{i}.bias" for i in range(len(net.layers))}
-    rest, tables = ([p for name, p in net.named_parameters() if (name in names) == table]
-                    for table in (False, True))
-    groups = [dict(params=rest, times=1)] + [dict(params=tables, times=5)] * bool(tables)
-    return torch.optim.Adam(groups, lr=lr, betas=(0.9, beta2), eps=1e-9, fused=True)
+def adam(net: TransformerVQ, beta2: float) -> torch.optim.Optimizer:
+    """Adam; the tables of B have five times the rate of the rest, see `adam_step`."""
+    rest = dict(net.named_parameters())
+    tables = [rest.pop(name) for name in list(rest) if re.fullmatch(r"layers\.\d+\.bias", name)]
+    groups = [dict(params=list(rest.values()), times=1), dict(params=tables, times=5)]
+    return torch.optim.Adam(groups, betas=(0.9, beta2), eps=1e-9, fused=True)
 
 
-def set_rate(opt: torch.optim.Optimizer, lr: float) -> None:
+def adam_step(net: TransformerVQ, opt: torch.optim.Optimizer, value: Tensor, lr: float,
+            longest: float) -> None:
+    """A step of `opt` down the gradient of `value`, which is cut to the norm `longest`."""
     for group in opt.param_groups:
         group["lr"] = lr * group["times"]
+    value.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), longest)
+    opt.step()
+    opt.zero_grad()
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -732,46 +705,16 @@ def renew_codes(net: TransformerVQ, seen: list, decay: float, restart: bool, g: 
                 layer.book.restart(k, g)
 
 
-class Carried:
-    """The states that an update hands to the next, (this rank's rows, ...), a part of ckpt.pt."""
-
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.layers, self.rows, self.device = args.layers, args.batch_size, device
-        self.states = self.whole = None
-
-    def keep(self, states: list | None) -> None:
-        """For the next update, to which no gradient goes; None: it begins new texts."""
-        self.states = states and [[x.detach() for x in state] for state in states]
-
-    def gather(self) -> None:
-        """The rows of all ranks, for state_dict; every rank has to call it."""
-        self.whole = self.states and [[all_rows(x) for x in state] for state in self.states]
-
-    def state_dict(self) -> dict:
-        return dict(states=self.whole)
-
-    def load_state_dict(self, saved: dict) -> None:
-        whole = saved["states"] or []
-        if len(whole) not in (0, self.layers) or any(len(x) != self.rows for s in whole for x in s):
-            raise ValueError("states of another shape")
-        self.states = [[mine(x).to(self.device) for x in state] for state in whole] or None
-
-
-def all_rows(x: Tensor) -> Tensor:
-    """x (rows, ...) of all ranks, one after another."""
-    parts = [torch.empty_like(x) for _ in range(RANKS)]
-    if RANKS > 1:
-        torch.distributed.all_gather(parts, x.contiguous())
-    return torch.cat(parts) if RANKS > 1 else x
-
-
 def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
     """The whole run: data, loop, checkpoints, report, metrics.json."""
     text, valid, test = load_data(args, device)
-    net, carried = build(args, device), Carried(args, device)
-    opt = adam(net, args.lr, args.beta2)
-    parts = dict(model=net, opt=opt, carried=carried)
+    net = build(args, device)
+    opt = adam(net, args.beta2)
+    parts = dict(model=net, opt=opt)
     first = restore(state, parts)
+    # what an update hands to the next, to which no gradient goes: for each layer this rank's rows
+    states = state and state["states"]
+    states = states and [[mine(x).to(device) for x in layer] for layer in states]
     make_room(args)
     params = list(net.parameters())
     decayed = [p.data for p in params if p.ndim > 1]
@@ -783,19 +726,17 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     window = torch.arange(args.update_len + 1, device=device)
 
     def save(step: int, end: bool) -> None:
-        if step % args.segments == 0:
-            carried.keep(None)  # new texts begin
-        carried.gather()
-        save_checkpoint(args, step, parts)
+        inside = states and step % args.segments  # else new texts begin
+        whole = [[all_rows(x) for x in layer] for layer in states] if inside else None
+        save_checkpoint(args, step, parts, states=whole)
         if not end and not RANK:
             net.eval()
+            some = valid[:args.eval_bytes // 4 + 1]
+            length = min(args.update_len * args.segments, len(some) - 1)
             with autocast(args):
-                some = valid[:args.eval_bytes // 4 + 1]
-                length = min(args.update_len * args.segments, len(some) - 1)
-                bits = read_along(net, some, length, args.batch_size, args.update_len,
-                                        args.attention).mean()
-                say(f"validation {bits:.4f} bits per byte")
-                say_codes(code_use(net, valid, args.update_len), args.codes)
+                bits = read_along(net, some, length, args.attention, args)
+                say(f"validation {bits.mean():.4f} bits per byte")
+                code_use(net, valid, args.update_len)
                 draw_texts(net, Path(args.out) / f"samples_{step:06}.txt", args.samples, args)
 
     for step in training(args, first, save):
@@ -806,25 +747,20 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
                                generator=g, device=device)
         tokens = text[mine(starts) + segment * args.update_len + window].long()  # (B, n + 1)
         if segment == 0:
-            carried.keep(None)
+            states = None
         if step == 0:  # departs: codes begin by K-means, the official ones as noise
             with autocast(args):
                 begin_codes(net, tokens[:, :-1], generator(device, args.seed, 3))
         torch.manual_seed(generator("cpu", args.seed, step, RANK, 5).initial_seed())  # dropout
         lr = learning_rate(step, args)
-        set_rate(opt, lr)
         with autocast(args):
-            logits, states, commits, seen = wrapped(tokens[:, :-1], carried.states)
+            logits, states, commits, seen = wrapped(tokens[:, :-1], states)
             bits = loss(logits, tokens[:, 1:]).mean()
-        (bits * math.log(2) + args.commit * commits.sum()).backward()
-        nn.utils.clip_grad_norm_(params, args.clip_grad)
-        opt.step()
-        opt.zero_grad()
-        if args.weight_decay:  # not times the rate, as in the paper's code
-            torch._foreach_mul_(decayed, 1 - args.weight_decay)
+        states = [[x.detach() for x in layer] for layer in states]
+        adam_step(net, opt, bits * math.log(2) + args.commit * commits.sum(), lr, args.clip_grad)
+        torch._foreach_mul_(decayed, 1 - args.weight_decay)  # not times the rate, as the paper
         renew_codes(net, seen, args.ema, args.restart and segment == args.segments - 1,
                     generator(device, args.seed, step, 3))
-        carried.keep(states)
         progress.add(step + 1, bits=bits.detach(), commit=commits.detach().sum(), lr=lr)
     if RANK:
         return
@@ -844,6 +780,8 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
     """Draws --sample-only texts from the weights in ckpt.pt, whatever device made them."""
     net = build(args, device).eval()
     restore(state, dict(model=net))
+    if args.compile:
+        net.compile()
     path = Path(args.out) / "samples_only.txt"
     with autocast(args):
         say(draw_texts(net, path, args.sample_only, args))
@@ -860,8 +798,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         steps=      (2000,      3000,      125_000,   1, "in all, resumed ones included"),
         batch_size= (4,         16,        128,       1, "global, over all processes"),
         seed=       (0,                               0, "of weights, noise and order"),
-        attention=  ("vq",      ATTENTIONS, "vq is 9844 (10); exact has raw keys, window no cache, "
-                     "quadratic is (2) with every key's gradient"),
+        attention=  ("vq",      ATTENTIONS, "vq: 9844 (10); exact: raw keys; window: no "
+                     "cache; quadratic: (2), every key with its gradient"),
         update_len= (128,       2048,                 1, "bytes of a row in an update"),
         segments=   (16,        8,         4,         1, "updates on a text, the state carried on"),
         width=      (128,       512,       768,       1, "channels"),
@@ -871,12 +809,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         codes=      (64,        512,                  1, "c, vectors in a codebook, 9844 (2)"),
         window=     (32,        512,                  0, "M, distances that have a B, 9844 (9)"),
         block=      (32,        512,                  1, "l, tokens computed at once, 9844 (10)"),
-        bias=       ("toeplitz", "toeplitz", "xl",    ("toeplitz", "xl"), "B: a number for each "
-                     "distance, or the paper's, which also depends on the query"),
-        through=    (False,                           None, "gradients reach values through the "
-                     "cache, inside an update"),
-        prefix=     ("loop",    "cumsum",             ("loop", "cumsum"), "how U_i of 9844 (10) is "
-                     "summed: block by block, or all at once while that fits 1 GiB"),
+        bias=       ("toeplitz", "toeplitz", "xl",    ("toeplitz", "xl"), "B: post's or paper's"),
+        through=    (False,                           None, "gradients reach values through U"),
+        prefix=     ("loop",    "cumsum",             ("loop", "cumsum"), "how 9844 (10) sums U_i"),
         ema=        (0.95,      0.99,                 0, "decay of the codebook's averages"),
         commit=     (1e-3,      1e-3,      1e-4,      0, "weight of the commitment loss"),
         restart=    (True,      True,      False,     None, "dead codes, where a new text begins"),
@@ -894,8 +829,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         paper=      (False,                           None, "the paper's enwik8 model, whole"),
         save_every= (1000,      1000,                 1, "steps between checkpoints"),
         eval_bytes= (65_536,    1_048_576,            64, "of the test text that are used"),
-        recall_steps=(160,                            0, "of the recall task's training; 0: none, "
-                     "nor on several ranks"),
+        recall_steps=(160,                            0, "of the recall task; not on many ranks"),
         samples=    (3,                               1, "texts drawn"),
         length=     (400,       1000,                 1, "bytes of such a text"),
         prompt=     ("def ",                          None, "how they begin"),

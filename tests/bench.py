@@ -330,7 +330,7 @@ def cases_transformer_vq(opt: argparse.Namespace) -> Iterator[Case]:
         net = tvq.build(args, device)
         if opt.compile:
             net.compile()
-        adam, states = tvq.adam(net, 1e-3, 0.95), net(tokens[:, :-1])[1]
+        adam, states = tvq.adam(net, 0.95), net(tokens[:, :-1])[1]
 
         def step(net=net, adam=adam, states=[[x.detach() for x in s] for s in states]) -> None:
             with autocast:

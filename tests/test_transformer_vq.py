@@ -1,5 +1,6 @@
 """transformer_vq.py against post 9844 and oracles written out here, in float64: loops over tokens, one-hot matrices."""
 
+import argparse
 import json
 import math
 import runpy
@@ -199,12 +200,8 @@ def test_steps_are_the_block_form(sizes, seed, each):
     want, last = tvq.vq_attention(*case.at(None), case.L)
     state, out = tvq.first_state(case.k_hat, case.ids, case.v, case.C), []
     for i in range(case.n):
-        if i % 2:  # with the axis of tokens, and without
-            o, state = tvq.vq_step(*case.at(i, i + 1), state)
-            o = o[:, 0]
-        else:
-            q, k_hat, ids, v, C, bias = case.at(i, i + 1)
-            o, state = tvq.vq_step(q[:, 0], k_hat[:, 0], ids[:, 0], v[:, 0], C, bias, state)
+        q, k_hat, ids, v, C, bias = case.at(i, i + 1)
+        o, state = tvq.vq_step(q[:, 0], k_hat[:, 0], ids[:, 0], v[:, 0], C, bias, state)
         out.append(o)
     assert far(torch.stack(out, 1), want) < 1e-12
     same_state(state, last)
@@ -578,7 +575,7 @@ def naive_model(net, text, kind):
         if kind in ("vq", "quadratic", "window") and layer.book:
             C = layer.book.sums / layer.book.count.clamp(min=0.01)[:, None]
             k = C[torch.stack([(key - C).square().sum(-1).argmin() for key in k])]
-        rows, M = [], net.window
+        rows, M = [], (len(layer.bias) if net.sinusoids is None else len(net.sinusoids)) - 1
         for i in range(len(text)):
             e = []
             for j in range(i + 1):
@@ -625,11 +622,19 @@ def test_model_in_pieces_and_token_by_token_is_the_whole(kind, prefix):
     assert far(torch.cat(got, 1), want) < 1e-5
 
 
-def test_cumsum_is_used_only_while_it_fits():
-    net = small(prefix="cumsum", d_v=64, codes=512, block=1)
-    assert net.form(tokens(1, 8)) is tvq.vq_attention_cumsum
-    assert net.form(torch.empty(8, 2**11, dtype=torch.long)) is tvq.vq_attention
-    assert small().form(tokens(1, 8)) is tvq.vq_attention
+@torch.no_grad()
+def test_cumsum_is_used_only_while_it_fits(monkeypatch):
+    """Up to 2^28 numbers of all U_i, for more than one token, and if asked for."""
+    used = []
+    for form in FORMS:
+        def noted(q, k_hat, ids, v, *more, form=form):
+            used.append(form)
+            return v, None  # of an output only the shape matters
+        monkeypatch.setattr(tvq, form.__name__, noted)
+    for rows, n, how, form in ((1, 8, dict(prefix="cumsum"), FORMS[1]), (1, 8, {}, FORMS[0]), (1, 1, dict(prefix="cumsum"), FORMS[0]),
+                               (8, 2**10, dict(prefix="cumsum"), FORMS[1]), (8, 2**10 + 1, dict(prefix="cumsum"), FORMS[0])):
+        small(d_v=64, codes=512, block=1, layers=1, **how)(tokens(rows, n))
+        assert used.pop() is form and not used
 
 
 def test_model_is_causal_in_training_and_evaluation_moves_no_code():
@@ -687,7 +692,7 @@ def test_dropouts_are_for_training_only():
     left = [float((a - b).abs().max()) < 1e-5 for a, b in zip(x, bare)]
     assert 0 < sum(left) < 6  # whole rows, some and not others
     kept = left.index(False)
-    whole = y.last(y.embed(text) + 2 * y.layers[0](y.embed(text), None, "vq", tvq.vq_attention, 4, False, None)[0])
+    whole = y.last(y.embed(text) + 2 * y.layers[0](y.embed(text), None, "vq", None)[0])
     assert far(x[kept], whole.float()[kept]) < 1e-4
 
 
@@ -836,7 +841,7 @@ def test_a_naive_second_run_reaches_the_same_weights(kind):
     net, states = naive_training(5, tvq.parse_args(TINY + flags), kind)
     assert far_states(got["model"], net.state_dict()) < 2e-4  # of steps of 6e-3, 3e-2 for B
     if kind == "vq":
-        carried = got["carried"]["states"]
+        carried = got["states"]
         assert len(carried) == 2 and all(far(a.double(), b.double()) < 2e-3 for s, t in zip(carried, states)
                                          for a, b in zip(s, t))
 
@@ -881,7 +886,7 @@ def test_the_report_computed_again(kind):
 def test_evaluation_in_pieces_is_the_whole_and_of_its_own_text():
     net = small().float()
     data = tokens(70, seed=3)
-    bits = tvq.read_along(net, data, 20, 2, 7, "vq")
+    bits = tvq.read_along(net, data, 20, "vq", argparse.Namespace(batch_size=2, update_len=7))
     assert bits.shape == (3, 20)
     for row in range(3):
         with torch.no_grad():
@@ -954,8 +959,8 @@ def test_no_restart_leaves_dead_codes(monkeypatch):
 
 def test_the_state_is_carried_within_a_text_and_saved(plain):
     """Its count grows over the updates of a text; a checkpoint between two texts holds none."""
-    assert plain["carried"]["states"] is None  # step 4 of --segments 2
-    states = run("--steps 3")["carried"]["states"]
+    assert plain["states"] is None  # step 4 of --segments 2
+    states = run("--steps 3")["states"]
     assert len(states) == 2 and all(float(state[4].sum()) == 4 * (8 - 4) for state in states)
 
 
@@ -977,13 +982,13 @@ def test_two_ranks_are_one(python):
     assert tvq.main([*argv, "--out", "one"]) == 0
     one, two = (torch.load(f"{out}/ckpt.pt", weights_only=True) for out in ("one", "two"))
     assert far_states(one["model"], two["model"]) < 1e-4
-    for a, b in zip(one["carried"]["states"], two["carried"]["states"], strict=True):
+    for a, b in zip(one["states"], two["states"], strict=True):
         assert all(far(x.double(), y.double()) < 1e-3 for x, y in zip(a, b, strict=True))
 
 
 def test_wrong_flags_are_refused(capsys):
     text_file()
-    for flags in ("--codes 99", "--ema 1", "--dropout 1", "--final 2", "--update-len 9999"):
+    for flags in ("--codes 99", "--ema 1", "--dropout 1", "--update-len 9999"):
         assert tvq.main([*TINY, *flags.split()]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
