@@ -92,8 +92,7 @@ def quantize(k: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
         C = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
         half = C.square().sum(-1) / 2  # |k - C_s|^2 / 2 = |k|^2 / 2 - (k C_s - half_s)
         rows = k.reshape(-1, k.shape[-1]).split(4096)
-        ids = torch.cat([(x.to(C.dtype) @ C.T - half).argmax(-1) for x in rows])
-        ids = ids.view(k.shape[:-1])
+        ids = torch.cat([(x.to(C.dtype) @ C.T - half).argmax(-1) for x in rows]).view(k.shape[:-1])
     return ids, codebook.detach()[ids].to(k.dtype) + (k - k.detach())
 
 
@@ -110,8 +109,7 @@ def vq_attention_encoder(q: Tensor, ids: Tensor, v: Tensor, codebook: Tensor) ->
 
 def no_sums(v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """U_{-1} = 0 (B, c, d_v) and its count (B, c): float32 at least, as bfloat16 stops at 256."""
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    U = v.new_zeros(len(v), codes, v.shape[-1], dtype=dtype)
+    U = v.new_zeros(len(v), codes, v.shape[-1], dtype=torch.promote_types(v.dtype, torch.float32))
     return U, U.new_zeros(U.shape[:2])
 
 
@@ -377,8 +375,7 @@ class GAU(nn.Module):
             nn.init.normal_(self.r.weight, std=width ** -0.5)
             self.a, self.b = nn.Parameter(torch.zeros(d_k)), nn.Parameter(torch.zeros(d_k))
         else:  # the post's B, a number for each distance; it begins high near the distance `first`
-            distance = torch.arange(window + 1)
-            self.bias = nn.Parameter(12 - 3.4 * torch.log1p((distance - first).abs()))
+            self.bias = nn.Parameter(12 - 3.4 * (torch.arange(window + 1) - first).abs().log1p())
 
     def forward(self, x: Tensor, state: tuple | None, kind: str, sinusoids: Tensor | None) -> tuple:
         """What is added to x (B, n, D); the state; mean |k - k_hat|^2; k (B, n, d_k) and ids."""
@@ -443,24 +440,22 @@ class TransformerVQ(nn.Module):
         self.register_buffer("sinusoids", table, persistent=False)
 
     def forward(self, tokens: Tensor, states: list | None = None, attention: str | None = None
-                ) -> tuple[Tensor, list, Tensor, list]:
+                ) -> tuple[Tensor, tuple, Tensor, tuple]:
         """Logits (B, n, 256) float32, states to carry on with, the commitment loss of each layer
         (layers,), and each layer's (k, ids), for its codebook.
 
         attention: another of `ways`, with the same weights; a state belongs to one of them.
         """
-        x, after, commits, seen = self.embed(tokens), [], [], []
-        kind = attention or self.attention
+        x, others = self.embed(tokens), []
         for layer, state in zip(self.layers, states or [None] * len(self.layers)):
-            added, state, commit, keys = layer(x, state, kind, self.sinusoids)
+            added, *other = layer(x, state, attention or self.attention, self.sinusoids)
             if self.training and self.drop_layer:
                 keep = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_layer
                 added = added * keep / (1 - self.drop_layer)
             x = x + added
-            after.append(state)
-            commits.append(commit)
-            seen.append(keys)
-        return self.last(x).float(), after, torch.stack(commits), seen
+            others.append(other)
+        states, commits, seen = zip(*others)
+        return self.last(x).float(), states, torch.stack(commits), seen
 
     def ways(self) -> dict[str, str]:
         """The attentions that these weights can be read with, by what they are called."""
@@ -497,7 +492,11 @@ def sample(net: TransformerVQ, tokens: Tensor, count: int, g: torch.Generator,
 @torch.no_grad()
 def read_along(net: TransformerVQ, data: Tensor, length: int, kind: str, args: argparse.Namespace
                ) -> Tensor:
-    """loss (N, length) of data (T,), cut into N texts, a batch at once, --update-len by as many."""
+    """loss (N, length) of data (T,), cut into N texts of `length`, or into one if it is shorter.
+
+    Reads a batch at once, --update-len by as many bytes, with the state carried on.
+    """
+    length = min(length, len(data) - 1)
     texts = data.unfold(0, length + 1, length).long()  # the last byte of each begins the next
     parts, bits = texts.split(args.batch_size), []
     for part in watch(parts, len(parts), f"reading, {kind}: texts"):
@@ -512,17 +511,17 @@ def read_along(net: TransformerVQ, data: Tensor, length: int, kind: str, args: a
 
 @torch.no_grad()
 def code_use(net: TransformerVQ, data: Tensor, length: int) -> list[dict[str, float]]:
-    """For each layer: codes in use (perplexity), dead ones' share, and |k - k_hat|^2 / |k|^2; also
-    said."""
+    """Says, for each layer, and returns: codes in use (perplexity), dead ones' share, and
+    |k - k_hat|^2 / |k|^2."""
     *_, commits, seen = net(data[None, :length].long())
     use = []
     for i, (layer, commit, (k, _)) in enumerate(zip(net.layers, commits, seen)):
         if book := layer.book:
-            error = commit / k.square().sum(-1).mean()
-            use.append(dict(perplexity=book.perplexity().item(),
-                            dead=book.dead().float().mean().item(), relative_error=error.item()))
-            say(f"  layer {i}: {use[-1]['perplexity']:.1f} of {len(book.count)} codes in use, "
-                f"{use[-1]['dead']:.1%} dead, relative error {use[-1]['relative_error']:.3f}")
+            used, dead = book.perplexity().item(), book.dead().float().mean().item()
+            error = (commit / k.square().sum(-1).mean()).item()
+            use.append(dict(perplexity=used, dead=dead, relative_error=error))
+            say(f"  layer {i}: {used:.1f} of {len(book.count)} codes in use, {dead:.1%} dead, "
+                f"relative error {error:.3f}")
     return use
 
 
@@ -545,7 +544,8 @@ def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
     metrics = dict(trained_length=trained, edges=edges, bits_per_byte=near, by_position=places,
                    test_bytes=bits.numel(), codes=code_use(net, test, args.update_len))
     if args.recall_steps and RANKS == 1:  # its codebooks would wait for the other ranks
-        metrics["recall"] = recall_all(args.recall_steps, args.seed, test.device)
+        metrics["recall"] = recall(args.attention, args.recall_steps, args.seed, test.device)
+        say("  recall: " + "  ".join(f"{k} {share:.3f}" for k, share in metrics["recall"].items()))
     return metrics
 
 
@@ -562,30 +562,24 @@ def draw_texts(net: TransformerVQ, path: Path, count: int, args: argparse.Namesp
 
 # ---- recall: what the cache is for ----
 
-def recall_text(rows: int, pairs: int, far: bool, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Texts "k v k v ..." (rows, 2 pairs), and how many tokens ago each key was last seen, or 0.
-
-    Each text has its own random map from keys to 8 values. 8 keys at random; far: 16 keys in a
-    cycle, so that each comes again after 32 tokens, never sooner.
-    """
-    keys = 16 if far else 8
-    value = torch.randint(8, (rows, keys), generator=g, device=g.device)
-    i = torch.arange(pairs, device=g.device)
-    if far:
-        cycle = torch.rand(rows, keys, generator=g, device=g.device).argsort(1)
-        which = cycle[:, i % keys]
-    else:
-        which = torch.randint(keys, (rows, pairs), generator=g, device=g.device)
-    earlier = (which[:, :, None] == which[:, None, :]) & (i < i[:, None])
-    last = torch.where(earlier, i, -1).amax(-1)
-    ago = torch.where(last < 0, 0, 2 * (i - last))
-    return torch.stack([which, 128 + value.gather(1, which)], -1).flatten(1), ago
+def recall_text(rows: int, g: torch.Generator) -> Tensor:
+    """Texts "k v k v ..." (rows, 128): 8 keys at random, each text has its own map to 8 values."""
+    value = torch.randint(8, (rows, 8), generator=g, device=g.device)
+    key = torch.randint(8, (rows, 64), generator=g, device=g.device)
+    return torch.stack([key, 128 + value.gather(1, key)], -1).flatten(1)
 
 
-def recall(attention: str, far: bool, steps: int, seed: int, device: torch.device
-           ) -> dict[str, float]:
-    """Trains two small layers on recall_text for `steps`: the share of values that each attention
-    of these weights then says right, of keys last seen more than 16 tokens, two windows, ago."""
+def from_afar(key: Tensor) -> Tensor:
+    """Which keys (rows, pairs) of such texts were seen before, but not in the last 16 tokens."""
+    i = torch.arange(key.shape[1], device=key.device)
+    ago = torch.where(key[:, :, None] == key[:, None, :], 2 * (i[:, None] - i), 0)  # <= 0: later
+    return (ago > 16).any(-1) & ~((ago > 0) & (ago <= 16)).any(-1)
+
+
+def recall(attention: str, steps: int, seed: int, device: torch.device,
+           texts: Callable = recall_text) -> dict[str, float]:
+    """Trains two small layers on `texts` for `steps`: the share of values that each attention of
+    these weights then says right, of keys last seen more than 16 tokens, two windows, ago."""
     torch.manual_seed(seed)
     net = TransformerVQ(attention, 64, 2, 32, 128, codes=32, window=8, block=8).to(device)
     with torch.no_grad():  # the first layer begins with the byte before, the second anywhere
@@ -593,7 +587,7 @@ def recall(attention: str, far: bool, steps: int, seed: int, device: torch.devic
         net.layers[1].bias.zero_()
     opt = adam(net, 0.95)
     for step in range(steps):
-        tokens, _ = recall_text(16, 64, far, generator(device, seed, step, 6))
+        tokens = texts(16, generator(device, seed, step, 6))
         if step == 0:
             begin_codes(net, tokens, generator(device, seed, 7))
         logits, _, commits, seen = net(tokens[:, :-1])
@@ -601,26 +595,12 @@ def recall(attention: str, far: bool, steps: int, seed: int, device: torch.devic
         lr = 1e-2 * min(1, (step + 1) / 20) * (1 - step / steps)
         adam_step(net, opt, value + 1e-3 * commits.sum(), lr, 1.0)
         renew_codes(net, seen, 0.95, step % 16 == 15, generator(device, seed, step, 7))
-    tokens, ago = recall_text(256, 64, far, generator(device, seed, 8))
-    right = {}
+    tokens = texts(256, generator(device, seed, 8))
+    far, right = from_afar(tokens[:, ::2]), {}
     for name, way in net.ways().items():
-        with torch.no_grad():
-            said = net(tokens[:, :-1], None, way)[0][:, ::2].argmax(-1)
-        right[name] = (said == tokens[:, 1::2])[ago > 16].float().mean().item()
+        said = net(tokens[:, :-1], None, way)[0][:, ::2].argmax(-1)
+        right[name] = (said == tokens[:, 1::2])[far].float().mean().item()
     return right
-
-
-def recall_all(steps: int, seed: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """`recall` by what trains it: far only, the post's gradient meets its limit. Also said."""
-    arms = {"trained with vq": ("vq", False), "trained with the window alone": ("window", False),
-            "far only, the post's gradient": ("vq", True),
-            "far only, full straight-through": ("quadratic", True)}
-    found = {}
-    for name, arm in arms.items():
-        found[name] = recall(*arm, steps, seed, device)
-        shares = "  ".join(f"{way} {share:.3f}" for way, share in found[name].items())
-        say(f"  recall, {name:38}{shares}")
-    return found
 
 
 # ---- training ----
@@ -716,25 +696,23 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     states = state and state["states"]
     states = states and [[mine(x).to(device) for x in layer] for layer in states]
     make_room(args)
-    params = list(net.parameters())
-    decayed = [p.data for p in params if p.ndim > 1]
+    decayed = [p.data for p in net.parameters() if p.ndim > 1]
     if args.compile:
         net.compile()
     wrapped = nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
-    progress = Progress(args, first, sum(p.numel() for p in params),
+    progress = Progress(args, first, sum(p.numel() for p in net.parameters()),
                         args.batch_size * args.update_len, "byte")
     window = torch.arange(args.update_len + 1, device=device)
 
     def save(step: int, end: bool) -> None:
-        inside = states and step % args.segments  # else new texts begin
-        whole = [[all_rows(x) for x in layer] for layer in states] if inside else None
+        # of the states the rows of all ranks, unless new texts begin
+        whole = [[all_rows(x) for x in layer] for layer in states] if step % args.segments else None
         save_checkpoint(args, step, parts, states=whole)
         if not end and not RANK:
             net.eval()
             some = valid[:args.eval_bytes // 4 + 1]
-            length = min(args.update_len * args.segments, len(some) - 1)
             with autocast(args):
-                bits = read_along(net, some, length, args.attention, args)
+                bits = read_along(net, some, args.update_len * args.segments, args.attention, args)
                 say(f"validation {bits.mean():.4f} bits per byte")
                 code_use(net, valid, args.update_len)
                 draw_texts(net, Path(args.out) / f"samples_{step:06}.txt", args.samples, args)
@@ -746,15 +724,12 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         starts = torch.randint(len(text) - args.segments * args.update_len, (args.batch_size, 1),
                                generator=g, device=device)
         tokens = text[mine(starts) + segment * args.update_len + window].long()  # (B, n + 1)
-        if segment == 0:
-            states = None
-        if step == 0:  # departs: codes begin by K-means, the official ones as noise
-            with autocast(args):
-                begin_codes(net, tokens[:, :-1], generator(device, args.seed, 3))
-        torch.manual_seed(generator("cpu", args.seed, step, RANK, 5).initial_seed())  # dropout
         lr = learning_rate(step, args)
         with autocast(args):
-            logits, states, commits, seen = wrapped(tokens[:, :-1], states)
+            if step == 0:  # departs: codes begin by K-means, the official ones as noise
+                begin_codes(net, tokens[:, :-1], generator(device, args.seed, 3))
+            torch.manual_seed(generator("cpu", args.seed, step, RANK, 5).initial_seed())  # dropout
+            logits, states, commits, seen = wrapped(tokens[:, :-1], states if segment else None)
             bits = loss(logits, tokens[:, 1:]).mean()
         states = [[x.detach() for x in layer] for layer in states]
         adam_step(net, opt, bits * math.log(2) + args.commit * commits.sum(), lr, args.clip_grad)

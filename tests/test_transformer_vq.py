@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import runpy
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def one_thread():
 
 def draws(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def experiment(name):
+    return runpy.run_path(str(Path(__file__).parent / f"experiments/transformer_vq_{name}.py"))
 
 
 class Case:
@@ -631,9 +636,10 @@ def test_cumsum_is_used_only_while_it_fits(monkeypatch):
             used.append(form)
             return v, None  # of an output only the shape matters
         monkeypatch.setattr(tvq, form.__name__, noted)
-    for rows, n, how, form in ((1, 8, dict(prefix="cumsum"), FORMS[1]), (1, 8, {}, FORMS[0]), (1, 1, dict(prefix="cumsum"), FORMS[0]),
-                               (8, 2**10, dict(prefix="cumsum"), FORMS[1]), (8, 2**10 + 1, dict(prefix="cumsum"), FORMS[0])):
-        small(d_v=64, codes=512, block=1, layers=1, **how)(tokens(rows, n))
+    loop, cumsum = FORMS
+    for rows, n, prefix, form in ((1, 8, "cumsum", cumsum), (1, 8, "loop", loop), (1, 1, "cumsum", loop),
+                                  (8, 2**10, "cumsum", cumsum), (8, 2**10 + 1, "cumsum", loop)):
+        small(d_v=64, codes=512, block=1, layers=1, prefix=prefix)(tokens(rows, n))
         assert used.pop() is form and not used
 
 
@@ -735,28 +741,81 @@ def test_memory_of_sampling_does_not_grow():
 
 # ---- the recall task ----
 
+def naive_gaps(keys):
+    """How many tokens ago each key of one "k v k v ..." was last seen, or 0."""
+    seen, gaps = {}, []
+    for i, k in enumerate(keys):
+        gaps.append(2 * (i - seen[k]) if k in seen else 0)
+        seen[k] = i
+    return gaps
+
+
 @pytest.mark.parametrize("far_only", [False, True])
 def test_recall_text(far_only):
-    text, ago = tvq.recall_text(50, 24, far_only, torch.Generator().manual_seed(0))
-    assert text.shape == (50, 48) and ago.shape == (50, 24)
-    keys = 16 if far_only else 8
-    for row, gaps in zip(text.tolist(), ago.tolist()):
-        seen, values = {}, {}
-        for i, (k, v) in enumerate(zip(row[::2], row[1::2])):
+    texts = experiment("recall")["far_texts"] if far_only else tvq.recall_text
+    text = texts(50, torch.Generator().manual_seed(0))
+    assert text.shape == (50, 128)
+    keys, gaps = 16 if far_only else 8, set()
+    for row in text.tolist():
+        values = {}
+        for k, v in zip(row[::2], row[1::2]):
             assert 0 <= k < keys and 128 <= v < 136 and values.setdefault(k, v) == v
-            assert gaps[i] == (2 * (i - seen[k]) if k in seen else 0)
-            seen[k] = i
-    assert len({tuple(row) for row in text[:, 1::2].tolist()}) > 40
-    assert {int(x) for x in ago.unique()} == ({0, 32} if far_only else {int(x) for x in ago.unique()})
+        gaps |= set(naive_gaps(row[::2]))
+        assert len(values) == keys and len(set(values.values())) > 2
+    assert len({tuple(row) for row in text[:, 1::2].tolist()}) == 50
+    assert gaps == {0, 32} if far_only else {0, 2, 16, 18, 40} < gaps
+
+
+@given(st.integers(1, 40), st.integers(1, 12), SEEDS)
+def test_from_afar_is_more_than_sixteen_tokens_ago(pairs, keys, seed):
+    key = torch.randint(keys, (3, pairs), generator=torch.Generator().manual_seed(seed))
+    assert tvq.from_afar(key).tolist() == [[gap > 16 for gap in naive_gaps(row)] for row in key.tolist()]
 
 
 def test_recall_learns_with_the_cache_and_not_without():
-    right = tvq.recall("vq", False, 100, 0, torch.device("cpu"))
+    right = tvq.recall("vq", 100, 0, torch.device("cpu"))
     assert right["vq"] > 0.6 and right["exact keys"] > 0.6 and right["cache off"] < 0.2, right
 
 
+def test_recall_is_a_naive_run(monkeypatch):
+    """Three steps to the same weights; of these the shares, by loops over other texts; then, when codes restart."""
+    nets, real, cpu = [], tvq.TransformerVQ, torch.device("cpu")
+    monkeypatch.setattr(tvq, "TransformerVQ", lambda *a, **k: nets.append(real(*a, **k)) or nets[-1])
+    right = tvq.recall("vq", 3, 5, cpu)
+    torch.manual_seed(5)
+    net, moments = real("vq", 64, 2, 32, 128, codes=32, window=8, block=8), {}
+    for layer, b in zip(net.layers, (8, 0)):
+        layer.bias.data[:] = torch.tensor([0, b, 0, 0, 0, 0, 0, 0, 0])
+    for step in range(3):
+        text = tvq.recall_text(16, tvq.generator("cpu", 5, step, 6))
+        if step == 0:
+            naive_begin(net, text, tvq.generator("cpu", 5, 7), 32)
+        logits, _, commits, seen = net(text[:, :-1])
+        nats = -logits.log_softmax(-1)[:, ::2].gather(-1, text[:, 1::2, None]).mean()
+        (nats + 1e-3 * commits.sum()).backward()
+        naive_adam(net, moments, step, 1e-2 * (step + 1) / 20 * (1 - step / 3), 0.95, 1.0)
+        for layer, (k, ids) in zip(net.layers, seen):
+            naive_average(layer.book, k.flatten(0, 1), ids.flatten(), 0.95)
+    assert far_states(*(dict(x.named_parameters()) for x in (nets[0], net))) < 2e-5  # of steps of 5e-4
+    assert far_states(*(x.layers[1].book.state_dict() for x in (nets[0], net))) < 2e-3  # of 100; 32 codes of 16 bytes
+    text = tvq.recall_text(256, tvq.generator("cpu", 5, 8))
+    for name, way in ("vq", "vq"), ("cache off", "window"), ("exact keys", "exact"):
+        said, good, asked = nets[0](text, None, way)[0].argmax(-1), 0, 0
+        for row, guess in zip(text.tolist(), said.tolist()):
+            for i, gap in enumerate(naive_gaps(row[::2])):
+                asked += gap > 16
+                good += gap > 16 and guess[2 * i] == row[2 * i + 1]
+        assert right[name] == pytest.approx(good / asked, abs=1e-6)
+    restarts = []
+    monkeypatch.setattr(tvq, "renew_codes", lambda net, seen, decay, restart, g: restarts.append(restart))
+    tvq.recall("vq", 33, 0, cpu)
+    assert [step for step, restart in enumerate(restarts) if restart] == [15, 31]
+
+
 def test_recall_of_a_window_alone_has_one_way():
-    assert tvq.recall("window", False, 2, 0, torch.device("cpu")).keys() == {"window"}
+    run("--steps 2 --attention window --recall-steps 2")
+    recall = json.loads(Path("out/transformer_vq/metrics.json").read_text())["recall"]
+    assert recall == tvq.recall("window", 2, 0, torch.device("cpu")) and recall.keys() == {"window"}
 
 
 # ---- wiring ----
@@ -765,14 +824,49 @@ def text_file():
     Path("text.txt").write_bytes(bytes((tokens(6000, seed=5) % 127 + 1).tolist()))
 
 
-def run(*flags, code=0):
+def run(*flags, out="out/transformer_vq"):
     text_file()
-    assert tvq.main([*TINY, *" ".join(map(str, flags)).split()]) == code
-    return torch.load("out/transformer_vq/ckpt.pt", weights_only=True)
+    assert tvq.main([*TINY, *" ".join(map(str, flags)).split()]) == 0
+    return torch.load(f"{out}/ckpt.pt", weights_only=True)
 
 
 def far_states(a, b):
     return max(far(a[k].double(), b[k].double()) for k in a)
+
+
+def naive_begin(net, text, g, codes):
+    """The first codebooks: ten rounds of K-means from some of the keys of a text."""
+    with torch.no_grad():
+        keys = [k.flatten(0, 1) for k, _ in net(text, None, "exact")[3]]
+    for layer, k in zip(net.layers, keys):
+        C = k[torch.randperm(len(k), generator=g)[:codes]]
+        for _ in range(10):
+            Delta = nn.functional.one_hot(torch.cdist(k, C).argmin(-1), codes).float()
+            sums, count = Delta.T @ k, Delta.sum(0)
+            C = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], C)
+        count = count.clamp(min=count.mean() / 10)
+        layer.book.sums[:], layer.book.count[:] = C * count[:, None], count
+
+
+@torch.no_grad()
+def naive_average(book, k, ids, ema):
+    Delta = nn.functional.one_hot(ids, len(book.count)).float()
+    book.sums.mul_(ema).add_((1 - ema) * Delta.T @ k)
+    book.count.mul_(ema).add_((1 - ema) * Delta.sum(0))
+
+
+@torch.no_grad()
+def naive_adam(net, moments, step, lr, beta2, clip_grad):
+    """Adam on a gradient cut to a norm, with five times the rate for B."""
+    norm = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum().sqrt()
+    for name, p in net.named_parameters():
+        grad = p.grad * min(1, clip_grad / (float(norm) + 1e-6))
+        m, s = moments.setdefault(name, [torch.zeros_like(p), torch.zeros_like(p)])
+        m.mul_(0.9).add_(0.1 * grad)
+        s.mul_(beta2).add_((1 - beta2) * grad**2)
+        times = 5 if name.endswith(".bias") and name.startswith("layers") else 1
+        p -= times * lr * m / (1 - 0.9 ** (step + 1)) / ((s / (1 - beta2 ** (step + 1))).sqrt() + 1e-9)
+        p.grad = None
 
 
 def naive_training(steps, args, kind="vq"):
@@ -781,7 +875,7 @@ def naive_training(steps, args, kind="vq"):
     text = torch.tensor(list(data[:len(data) - 2 * (len(data) // 20)]))
     torch.manual_seed(args.seed)
     net = tvq.TransformerVQ(kind, args.width, args.layers, args.d_k, args.d_v, args.codes, args.window, args.block)
-    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in net.named_parameters()}
+    moments = {}
     states, n, S = None, args.update_len, args.segments
     for step in range(steps):
         if step % S == 0:
@@ -791,40 +885,23 @@ def naive_training(steps, args, kind="vq"):
         rows = torch.stack([text[s + step % S * n:s + (step % S + 1) * n + 1] for s in starts[:, 0].tolist()])
         if step == 0 and kind in ("vq", "quadratic"):
             g = tvq.generator("cpu", args.seed, 3)
-            with torch.no_grad():
-                keys = [k.flatten(0, 1) for k, _ in net(rows[:, :-1], None, "exact")[3]]
-            for layer, k in zip(net.layers, keys):
-                C = k[torch.randperm(len(k), generator=g)[:args.codes]]
-                for _ in range(10):
-                    Delta = nn.functional.one_hot(torch.cdist(k, C).argmin(-1), args.codes).float()
-                    sums, count = Delta.T @ k, Delta.sum(0)
-                    C = torch.where(count[:, None] > 0, sums / count.clamp(min=1)[:, None], C)
-                count = count.clamp(min=count.mean() / 10)
-                layer.book.sums[:], layer.book.count[:] = C * count[:, None], count
+            naive_begin(net, rows[:, :-1], g, args.codes)
         logits, states, commits, seen = net(rows[:, :-1], states)
         nats = -logits.log_softmax(-1).gather(-1, rows[:, 1:, None]).mean()
         (nats + args.commit * commits.sum()).backward()
-        norm = torch.stack([p.grad.square().sum() for p in net.parameters()]).sum().sqrt()
         done = max(0, step - args.warmup) / (args.steps - args.warmup)
         fall = args.final + (1 - args.final) * (1 + math.cos(math.pi * done)) / 2
         lr = args.lr * min(1, (step + 1) / args.warmup) * fall
+        naive_adam(net, moments, step, lr, args.beta2, args.clip_grad)
         with torch.no_grad():
-            for name, p in net.named_parameters():
-                grad = p.grad * min(1, args.clip_grad / (float(norm) + 1e-6))
-                m, s = moments[name]
-                m.mul_(0.9).add_(0.1 * grad)
-                s.mul_(args.beta2).add_((1 - args.beta2) * grad**2)
-                times = 5 if name.endswith(".bias") and name.startswith("layers") else 1
-                p -= times * lr * m / (1 - 0.9 ** (step + 1)) / ((s / (1 - args.beta2 ** (step + 1))).sqrt() + 1e-9)
+            for p in net.parameters():
                 if p.ndim > 1:
                     p *= 1 - args.weight_decay
-                p.grad = None
             g = tvq.generator("cpu", args.seed, step, 3)
             for layer, (k, ids) in zip(net.layers, seen):
                 if layer.book:
-                    k, Delta = k.flatten(0, 1), nn.functional.one_hot(ids.flatten(), args.codes).float()
-                    layer.book.sums.mul_(args.ema).add_((1 - args.ema) * Delta.T @ k)
-                    layer.book.count.mul_(args.ema).add_((1 - args.ema) * Delta.sum(0))
+                    k = k.flatten(0, 1)
+                    naive_average(layer.book, k, ids.flatten(), args.ema)
                     if args.restart and step % S == S - 1:
                         least = layer.book.count.mean() / 20
                         new = k[torch.randperm(len(k), generator=g)[:args.codes]] * 2 * least
@@ -883,6 +960,46 @@ def test_the_report_computed_again(kind):
     assert "<svg" in Path("out/transformer_vq/bits.svg").read_text()
 
 
+def test_sample_only_draws_as_many_without_dropout(monkeypatch):
+    got = run("--steps 3 --dropout 0.5")
+    drawn, path = Path("out/transformer_vq/samples.txt").read_bytes(), Path("out/transformer_vq/samples_only.txt")
+    compiled = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self)))
+    assert tvq.main([*TINY, "--sample-only", "2"]) == 0 and path.read_bytes() == drawn and not compiled
+    assert tvq.main([*TINY, "--sample-only", "2", "--compile"]) == 0 and path.read_bytes() == drawn
+    assert compiled == [tvq.TransformerVQ]
+    assert tvq.main([*TINY, "--sample-only", "3", "--sample-seed", "8"]) == 0
+    net = tvq.build(tvq.parse_args(TINY), torch.device("cpu"))
+    net.load_state_dict(got["model"])
+    texts = tvq.sample(net, torch.tensor(list(b"def ")).expand(3, -1), 12, tvq.generator("cpu", 8, 4), 1.0, 0.92)
+    said = f"\n{'-' * 80}\n".join(bytes(row).decode("utf-8", "replace") for row in texts.tolist()) + "\n"
+    assert path.read_bytes().decode() == said
+
+
+def test_a_save_shows_the_model_as_it_is_then(capsys):
+    """Without dropout: bits per byte of the validation text, the codes, the texts of a run that ends there."""
+    got = run("--steps 3 --final 1 --dropout 0.5")
+    drawn = Path("out/transformer_vq/samples.txt").read_text()
+    capsys.readouterr()
+    run("--steps 4 --final 1 --dropout 0.5 --save-every 3 --out out/b", out="out/b")
+    assert Path("out/b/samples_000003.txt").read_text() == drawn
+    args = tvq.parse_args(TINY)
+    net = tvq.TransformerVQ("vq", args.width, args.layers, args.d_k, args.d_v, args.codes, args.window, args.block)
+    net.load_state_dict(got["model"])
+    data = Path("text.txt").read_bytes()
+    size = len(data) // 20
+    valid, net = torch.tensor(list(data[len(data) - 2 * size:len(data) - size])), net.double()
+    with torch.no_grad():
+        nats = [-naive_model(net, valid[k:k + 16], "vq").log_softmax(-1).gather(1, valid[k + 1:k + 17, None])
+                for k in (0, 16)]
+    said = capsys.readouterr().out
+    value, = re.findall(r"validation ([\d.]+) bits per byte", said)
+    assert abs(float(value) - float(torch.cat(nats).mean()) / math.log(2)) < 2e-4
+    k, ids = net(valid[None, :8])[3][0]
+    error = (k - net.layers[0].book.vectors()[ids]).square().sum() / k.square().sum()
+    assert f" of 8 codes in use, 0.0% dead, relative error {float(error):.3f}" in said.partition("validation")[2]
+
+
 def test_evaluation_in_pieces_is_the_whole_and_of_its_own_text():
     net = small().float()
     data = tokens(70, seed=3)
@@ -930,7 +1047,8 @@ def test_flags_of_the_report_leave_the_weights_alone(plain):
     assert json.loads(Path("out/6/metrics.json").read_text())["test_bytes"] != json.loads(
         (base / "metrics.json").read_text())["test_bytes"]
     recall = json.loads(Path("out/7/metrics.json").read_text())["recall"]
-    assert len(recall) == 4 and "recall" not in json.loads((base / "metrics.json").read_text())
+    assert recall == tvq.recall("vq", 1, 0, torch.device("cpu"))
+    assert "recall" not in json.loads((base / "metrics.json").read_text())
 
 
 def test_through_and_prefix(plain):
@@ -1003,12 +1121,9 @@ def test_it_learns():
 
 # ---- the experiments ----
 
-EXPERIMENTS = Path(__file__).parent / "experiments"
-
-
 def test_arms_run_for_two_steps(capsys):
     text_file()
-    arms = runpy.run_path(str(EXPERIMENTS / "transformer_vq_arms.py"))
+    arms = experiment("arms")
     arms["main"]([*TINY, "--steps", "2", "--tune", "2"])
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 3 * 5 + 3 and tvq.build.__name__ == "build"
@@ -1018,8 +1133,21 @@ def test_arms_run_for_two_steps(capsys):
     assert rows["vq without B, vq"] != rows["vq, vq"] != rows["the window alone, window"]
 
 
+def test_recall_runs_for_two_steps_and_each_arm_is_its_own(capsys):
+    recall = experiment("recall")
+    recall["main"](["--steps", "2"])
+    said = capsys.readouterr().out.splitlines()
+    assert [len(line[34:].split("  ")) for line in said] == [3, 1, 3, 3]
+    for line, (name, *arm) in zip(said, (("trained with vq", "vq", tvq.recall_text),
+                                         ("trained with the window alone", "window", tvq.recall_text),
+                                         ("far only, the post's gradient", "vq", recall["far_texts"]),
+                                         ("far only, full straight-through", "quadratic", recall["far_texts"]))):
+        right = tvq.recall(arm[0], 2, 0, torch.device("cpu"), arm[1])
+        assert line == f"{name:34}" + "  ".join(f"{way} {share:.3f}" for way, share in right.items())
+
+
 def test_time_runs_and_computes_what_it_times(capsys):
-    time = runpy.run_path(str(EXPERIMENTS / "transformer_vq_time.py"))
+    time = experiment("time")
     x = time["inputs"](300, 128, 128)
     want = tvq.vq_attention_quadratic(*(x[k].double() for k in ("q", "k_hat", "v", "bias")))
     for arm in ("SDPA", "SDPA unpadded", "c = M = L = 128"):
