@@ -356,7 +356,9 @@ def test_digits_have_784_pixels_and_a_border_of_black():
     y = torch.ones(1, 1, 28, 28, dtype=torch.uint8)
     seen = []
     net.stem[0].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    net.post.register_forward_hook(lambda _, x, out: seen.append(out))
     law, _ = net(y, noise(net, 1))
+    assert torch.equal(law.logits, seen[1][:, :, 2:30, 2:30])  # where the picture was put
     assert (seen[0][0, 0, 2:30, 2:30] == 1).all() and seen[0].sum() == 784 - (1024 - 784) and law.logits.numel() == 784
 
 
