@@ -1050,7 +1050,7 @@ def test_epochs_are_passes_over_the_text_where_steps_are_none():
     write_text()
     T = sum(map(len, read_text()[1]))
     for model, flags, steps in (("cbow", ["--epochs=2.5"], math.ceil(2.5 * T / 64)), ("skipgram", ["--epochs=0.1"], 1),
-                                ("ppmi", ["--epochs=3"], 30), ("ppmi", ["--steps=2"], 2)):
+                                ("ppmi", [], 30), ("ppmi", ["--steps=2"], 2)):
         out = f"{model}{steps}"
         assert w.main([*BASE, f"--model={model}", "--batch-size=64", f"--out={out}", *flags]) == 0
         assert json.loads(Path(out, "metrics.json").read_text())["step"] == steps
@@ -1198,6 +1198,8 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
     ([*BASE, "--sample", "1e-9"], "of those that --sample leaves no line has two"),
     ([*BASE, "--model", "skipgram", "--batch-size", "40"], "multiple of 32"),
     ([*BASE, "--window", "1001"], "at most 1000"),
+    (["--lr", "0.1", "--model", "linear-skipgram"], "--lr: --model linear-skipgram does not descend"),
+    (["--loss", "softmax"], "--loss: --model ppmi does not descend"),
     ([*BASE, "--p", "1e9"], "too large for float32"),
     (["--query", "a"], "vectors.bin"),
     (["--vectors", "none.bin"], "none.bin: No such file"),
