@@ -1092,12 +1092,14 @@ def test_resume_within_a_text_equals_a_straight_run():
 
 
 def test_two_ranks_are_one(python):
-    """Codes too, restarted ones among them, and the states; text without repeats, where no two codes are alike."""
+    """Codes too, restarted ones among them, and the states, also where two ranks go on within a text; text without
+    repeats, where no two codes are alike."""
     text_file()
-    argv = [*TINY, "--steps", "5", "--codes", "16"]
-    for rank in python.ranks(tvq.__file__, *argv, "--out", "two"):
-        assert (rank.wait(), rank.err()) == (0, "")
-    assert tvq.main([*argv, "--out", "one"]) == 0
+    argv = [*TINY, "--codes", "16", "--final", "1"]
+    for more in ["--steps", "3"], ["--steps", "5", "--resume"]:
+        for rank in python.ranks(tvq.__file__, *argv, *more, "--out", "two"):
+            assert (rank.wait(), rank.err()) == (0, "")
+    assert tvq.main([*argv, "--steps", "5", "--out", "one"]) == 0
     one, two = (torch.load(f"{out}/ckpt.pt", weights_only=True) for out in ("one", "two"))
     assert far_states(one["model"], two["model"]) < 1e-4
     for a, b in zip(one["states"], two["states"], strict=True):
