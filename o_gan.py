@@ -434,7 +434,7 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
         return 0
     except (KeyboardInterrupt, UserError, OSError, FloatingPointError, MemoryError,
             RuntimeError) as error:
-        line = str(error).partition("\n")[0] or type(error).__name__
+        line = str(error).partition("\n")[0] or f"--data {args.data}: out of memory"
         lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
         scarce = re.search("allocate|memory|overflow", line)
         if isinstance(error, RuntimeError) and not (lost or scarce):
@@ -534,18 +534,18 @@ def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
     """The file `name` in `cache`, fetched once, by rank 0, from the first of `urls` that answers.
 
     digest: how its SHA-256 begins. Torch gives the file its name only when that agrees: half a
-    download never passes for a whole one. Raises UserError; OSError for a full disk.
+    download never passes for a whole one. Raises UserError; OSError for a disk full or shut.
     """
     path = Path(cache).expanduser() / name
     if RANK:
         torch.distributed.barrier()
+    path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         try:
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
             print(f"{url}: {error}", file=sys.stderr)
     if RANKS > 1 and not RANK:
@@ -660,7 +660,7 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
     files = [place / name for place in places if (place / name).is_file()]
     if not files:
-        raise UserError(f"{out / name}: no such file; --out names the folder of a run")
+        raise UserError(f"{out / name}: no such file; --out names a run's folder, no file in it")
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
@@ -675,7 +675,7 @@ def resume_run(args: argparse.Namespace) -> dict:
     """The checkpoint to go on from, on the CPU; its flags go into args, and its folder.
 
     Raises UserError for any file but a whole one of this script, and if a flag given by hand
-    contradicts it; only --steps may be more, and --data lie elsewhere.
+    contradicts it; only --steps may be more, and --data or --bert lie elsewhere.
     """
     path = newest(args, "ckpt.pt")
     args.out, args.own = str(path.parent), True
@@ -693,7 +693,7 @@ def resume_run(args: argparse.Namespace) -> dict:
         raise UserError(f"{path}: not a checkpoint of this {args.script}.py, or damaged") from None
     for name, old in config.items():
         new = vars(args)[name] if name in args.given else old
-        if new != old and name not in ("steps", "data"):
+        if new != old and name not in ("steps", "data", "bert"):
             raise UserError(f"--{name.replace('_', '-')} {shown(new)}: the checkpoint has "
                             f"{shown(old)}; leave the flag out, or begin anew")
         setattr(args, name, new)
@@ -902,22 +902,23 @@ def load_images(args: argparse.Namespace, state: dict | None, device: torch.devi
         elif IDX[0] in idx:
             parts = [read_idx(idx[name]) if name in idx else None for name in IDX]
         elif path.suffix.lower() == ".npy":
-            parts = [np.load(path, allow_pickle=False)]
+            parts = [np.array(np.lib.format.open_memmap(path, mode="r"))]
         else:
             parts = [read_pictures(path, args.size)]
         x, y, x_test, y_test = *parts, *[None] * (4 - len(parts))
+        x, x_test = (v if v is None else as_pictures(v) for v in (x, x_test))
         if x_test is None and len(x) < 2:
             raise ValueError("two pictures at least, the last tenth is held out")
         if x_test is None:
             cut = len(x) - max(1, len(x) // 10)
             x, x_test, y, y_test = x[:cut], x[cut:], *((y, y) if y is None else (y[:cut], y[cut:]))
-        x, x_test = as_pictures(x), as_pictures(x_test)
         y, y_test = (v if v is None else torch.as_tensor(v) for v in (y, y_test))
-        if x.shape[1:] != x_test.shape[1:] or y is not None and len(x) != len(y):
-            raise ValueError("training and held-out pictures differ in size, or labels in number")
-    except UserError:
-        raise
+        labels = [v if v is None else len(v) for v in (y, y_test)]
+        if x.shape[1:] != x_test.shape[1:] or labels not in ([None] * 2, [len(x), len(x_test)]):
+            raise ValueError("training and held-out pictures differ in size, or labels lack")
     except Exception as error:  # numpy, gzip, tarfile and Pillow raise two dozen kinds
+        if isinstance(error, (UserError, MemoryError)) or "allocate" in str(error):
+            raise
         raise UserError(f"--data {data}: damaged, or not what it seems to be: "
                         f"{str(error) or type(error).__name__}") from None
     if "size" in args.given and x.shape[-1] != args.size:
@@ -947,19 +948,20 @@ def read_idx(path: Path) -> np.ndarray:
         head = file.read(4)
         shape = np.frombuffer(file.read(4 * head[3]), ">u4").tolist()
         body = bytearray(file.read(math.prod(shape)))
-        if head[:3] != b"\0\0\x08" or len(body) < math.prod(shape) or file.read(1):
-            raise ValueError(f"{path} is no idx file of bytes")
+        if head[:3] != b"\0\0\x08" or len(body) < math.prod(shape) or file.read(1) \
+                or f"idx{len(shape)}" not in path.name:
+            raise ValueError(f"{path} is no whole idx file of bytes")
     return np.frombuffer(body, np.uint8).reshape(shape)
 
 
 def read_cifar10(path: Path) -> list[np.ndarray]:
     """CIFAR-10's binary archive, member by member, nothing extracted: x, y, x_test, y_test."""
     with tarfile.open(path, "r:gz") as tar:
-        rows = {Path(m.name).stem: np.frombuffer(bytearray(tar.extractfile(m).read()), np.uint8)
+        rows = {Path(m.name).name: np.frombuffer(bytearray(tar.extractfile(m).read()), np.uint8)
                 .reshape(-1, 3073) for m in tar if m.isfile() and m.name.endswith(".bin")
                 and m.size <= 10_000 * 3073}
-    train = np.concatenate([rows[f"data_batch_{k}"] for k in range(1, 6)])
-    return [part for a in (train, rows["test_batch"]) for part in
+    train = np.concatenate([rows[f"data_batch_{k}.bin"] for k in range(1, 6)])
+    return [part for a in (train, rows["test_batch.bin"]) for part in
             (a[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), a[:, 0])]
 
 
@@ -968,15 +970,17 @@ def read_pictures(folder: Path, size: int) -> np.ndarray:
 
     16 bits become 8, what is transparent white. A run's own folder, with its log.csv, is no data.
     """
-    files, seen = [], set()
+    files, total, seen = [], 0, set()
     for here, inner, names in os.walk(folder, followlinks=True):
         if os.path.realpath(here) in seen or "log.csv" in names:
             inner.clear()
             continue
         seen.add(os.path.realpath(here))  # links may lead round in a circle
+        total += len(names)
         files += [Path(here, name) for name in names if name.lower().endswith(PICTURES)]
     if not files:
-        raise ValueError(f"neither .npy nor .tar.gz, nor a folder of idx or {' '.join(PICTURES)}")
+        raise ValueError("neither .npy nor .tar.gz, nor a folder with train-images-idx3-ubyte or "
+                         f"{' '.join(PICTURES)}")
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -996,14 +1000,14 @@ def read_pictures(folder: Path, size: int) -> np.ndarray:
             picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
             return np.asarray(picture)
         except Exception as error:  # one bad file, whatever Pillow says of it, costs no folder
-            print(f"{file}: left out, damaged: {error}", file=sys.stderr)
+            say(f"{file}: left out, damaged: {error}")
 
     with ThreadPoolExecutor() as pool:
         x = [picture for picture in pool.map(read, sorted(files)) if picture is not None]
     if not x:
         raise ValueError("none of its pictures can be read")
-    if len(x) < len(files):
-        print(f"{len(files) - len(x)} of {len(files)} pictures are damaged", file=sys.stderr)
+    if len(x) < total:
+        say(f"{total - len(x)} of {total} files are damaged, or none of {' '.join(PICTURES)}")
     x = np.stack(x)
     return x[..., 0] if (x == x[..., :1]).all() else x
 
@@ -1228,7 +1232,7 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> list[f
 def knn_accuracy(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, k: int = 5) -> float:
     """The share of test codes whose label is the most frequent one among their k nearest of the
     codes x (N, D), Euclidean, float64; the least label in a tie. y whole numbers (N,)."""
-    near = torch.cat([torch.cdist(piece, x.double()).topk(k, largest=False).indices
+    near = torch.cat([torch.cdist(piece, x.double()).topk(min(k, len(x)), largest=False).indices
                       for piece in x_test.double().split(256)])
     return (F.one_hot(y.long()[near]).sum(1).argmax(1) == y_test).double().mean().item()
 # === end shared ===

@@ -909,7 +909,7 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
         return 0
     except (KeyboardInterrupt, UserError, OSError, FloatingPointError, MemoryError,
             RuntimeError) as error:
-        line = str(error).partition("\n")[0] or type(error).__name__
+        line = str(error).partition("\n")[0] or f"--data {args.data}: out of memory"
         lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
         scarce = re.search("allocate|memory|overflow", line)
         if isinstance(error, RuntimeError) and not (lost or scarce):
@@ -934,18 +934,18 @@ def download(name: str, urls: list[str], digest: str, cache: str) -> Path:
     """The file `name` in `cache`, fetched once, by rank 0, from the first of `urls` that answers.
 
     digest: how its SHA-256 begins. Torch gives the file its name only when that agrees: half a
-    download never passes for a whole one. Raises UserError; OSError for a full disk.
+    download never passes for a whole one. Raises UserError; OSError for a disk full or shut.
     """
     path = Path(cache).expanduser() / name
     if RANK:
         torch.distributed.barrier()
+    path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
         try:
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path), hash_prefix=digest)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
             print(f"{url}: {error}", file=sys.stderr)
     if RANKS > 1 and not RANK:
@@ -1060,7 +1060,7 @@ def newest(args: argparse.Namespace, name: str) -> Path:
     places = [out] if "out" in args.given else [out, *out.parent.glob(f"{out.name}.[0-9]*")]
     files = [place / name for place in places if (place / name).is_file()]
     if not files:
-        raise UserError(f"{out / name}: no such file; --out names the folder of a run")
+        raise UserError(f"{out / name}: no such file; --out names a run's folder, no file in it")
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
@@ -1075,7 +1075,7 @@ def resume_run(args: argparse.Namespace) -> dict:
     """The checkpoint to go on from, on the CPU; its flags go into args, and its folder.
 
     Raises UserError for any file but a whole one of this script, and if a flag given by hand
-    contradicts it; only --steps may be more, and --data lie elsewhere.
+    contradicts it; only --steps may be more, and --data or --bert lie elsewhere.
     """
     path = newest(args, "ckpt.pt")
     args.out, args.own = str(path.parent), True
@@ -1093,7 +1093,7 @@ def resume_run(args: argparse.Namespace) -> dict:
         raise UserError(f"{path}: not a checkpoint of this {args.script}.py, or damaged") from None
     for name, old in config.items():
         new = vars(args)[name] if name in args.given else old
-        if new != old and name not in ("steps", "data"):
+        if new != old and name not in ("steps", "data", "bert"):
             raise UserError(f"--{name.replace('_', '-')} {shown(new)}: the checkpoint has "
                             f"{shown(old)}; leave the flag out, or begin anew")
         setattr(args, name, new)
@@ -1274,7 +1274,7 @@ TEXTS = {  # where to get it, and its SHA-256
 
 def load_text(data: str, cache: str) -> list[bytes]:
     """The documents of `data`: python (the standard library's sources, mixed, always in one order),
-    shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz; of a .zip every member is one.
+    shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz; of a .zip all but hidden members.
 
     Raises UserError for anything else, or where there is nothing to read.
     """
@@ -1290,7 +1290,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
         elif path.suffix.lower() == ".zip":
             with zipfile.ZipFile(path) as archive:
                 documents = [as_utf8(archive.read(name), f"--data {data}, {name}")
-                             for name in sorted(archive.namelist())]
+                             for name in sorted(archive.namelist()) if Path(name).name[:1] != "."]
         else:
             unpack = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
             with unpack.get(path.suffix.lower(), open)(path, "rb") as file:
@@ -1298,7 +1298,7 @@ def load_text(data: str, cache: str) -> list[bytes]:
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"--data {data}: no such file (a folder: as .zip), nor one of python, "
                         f"{', '.join(TEXTS)}") from None
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # the unpackers raise a dozen kinds
         raise UserError(f"--data {data}: damaged, or not what it seems to be: "
@@ -1314,16 +1314,21 @@ def as_utf8(raw: bytes, what: str) -> bytes:
     A character cut at the end may be. Raises UserError for other encodings, and what is no text.
     """
     if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return raw.decode("utf-16").encode()
+        raw = raw.decode("utf-16").encode()
     raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
+    with suppress(UnicodeDecodeError):
         codecs.utf_8_decode(raw, "strict", False)
         if b"\0" not in raw:
             return raw
-        guess = "UTF-16, or no text: it has NUL bytes"
-    except UnicodeDecodeError:
-        pairs = b"".join(re.findall(rb"[\x80-\xff]{2,}", raw))  # letters of two bytes, not accents
-        guess = "GB18030" if 2 * len(pairs) > len(re.findall(rb"[\x80-\xff]", raw)) else "LATIN1"
+    high, pairs = (len(b"".join(re.findall(rb"[\x80-\xff]" + n, raw))) for n in (b"", b"{2,}"))
+    if b"\0" in raw:
+        guess = "UTF-16, UTF-32 or no text: it has NUL bytes"
+    elif 10 * raw.decode("utf-8", "replace").count("\N{REPLACEMENT CHARACTER}") < high:
+        guess = "UTF-8, but for damage that iconv -c leaves out"
+    elif 2 * pairs > high:  # letters of two bytes, not accents
+        guess = "GB18030, else BIG5, SHIFT_JIS or CP1251"
+    else:
+        guess = "CP1252"
     raise UserError(f"{what}: not UTF-8, perhaps {guess}: iconv -f {guess.partition(',')[0]} "
                     "-t UTF-8 OLD > NEW converts it")
 

@@ -14,6 +14,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import struct
 import tarfile
 import time
@@ -160,6 +161,29 @@ def test_idx_under_other_names_without_tests_or_labels():
     assert np.array_equal(torch.cat(got[:2]).numpy(), x[:, None]) and len(got[1]) == 2 and got[2:] == (None, None)
 
 
+def write_labels(path, labels):
+    Path(path).write_bytes(struct.pack(">HBBI", 0, 8, 1, len(labels)) + bytes(labels))
+
+
+@pytest.mark.parametrize("change", ["no labels to train", "none held out", "one held out too few", "pictures for labels"])
+def test_labels_of_some_pictures_only_are_refused(change):
+    """They would be read off the wrong pictures, silently, or end a whole run in a traceback."""
+    write_idx(Path("d"), False)
+    if change == "no labels to train":
+        Path("d/train-labels-idx1-ubyte").unlink()
+    if change == "none held out":
+        Path("d/t10k-labels-idx1-ubyte").unlink()
+    if change == "one held out too few":
+        write_labels("d/t10k-labels-idx1-ubyte", [1, 2])
+    if change == "pictures for labels":
+        shutil.copy("d/train-images-idx3-ubyte", "d/train-labels-idx1-ubyte")
+    with pytest.raises(ddpm.UserError, match="or labels lack|no whole idx file"):
+        load("d")
+    for part, n in (("train", 6), ("t10k", 3)):
+        write_labels(f"d/{part}-labels-idx1-ubyte", range(n))
+    assert load("d")[2].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def write_cifar10(path, n=2):
     rng = np.random.default_rng(0)
     rows = {name: rng.integers(0, 256, (n, 3073), dtype=np.uint8)
@@ -203,10 +227,12 @@ def test_picture_folder(capfd):
     Path("p/out/run").mkdir(parents=True)  # what a run has drawn there is no data
     Path("p/out/run/log.csv").write_text("step\n")
     Image.fromarray(np.full((20, 20), 255, np.uint8)).save("p/out/run/samples.png")
+    Path("p/sub/IMG_1.HEIC").write_bytes(b"what a telephone makes")
     x, x_test, *_ = load("p", 16)
     assert x.shape == (11, 1, 16, 16) and x_test.shape == (1, 1, 16, 16)  # grey, since all are
     assert torch.cat([x, x_test])[:, 0, 8, 8].tolist() == [20 * k for k in (*range(0, 12, 2), *range(1, 12, 2))]
-    assert "1 of 13" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "p/bad.jpg: left out" in said.out and "2 of 14 files" in said.out and ".webp" in said.out and not said.err
 
 
 def test_picture_folder_through_links_and_in_circles():
@@ -239,7 +265,7 @@ def test_picture_folder_with_pictures_of_every_kind(capfd):
     exif = b"Exif\0\0II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 2, 6, 26, 0) + b"seven\0"  # an orientation in letters
     Image.new("L", (8, 8), 7).save("p/j-turned.jpg", exif=exif)
     x = torch.cat(load("p", 8)[:2])[:, :, 4, 4].tolist()
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert x[:6] == [[51] * 3, [51] * 3, [255] * 3, [255, 204, 204], [10, 20, 30], [255] * 3]
     assert np.allclose(x[6], [255, 0, 0], atol=3) and x[7] == [255] * 3
     assert "i-float.tif: left out" in said and len(x) == 8 + ("j-turned" not in said)
@@ -300,6 +326,22 @@ def test_full_disk_during_a_download_is_no_reason_to_ask_another(monkeypatch):
     assert len(asked) == 1 and not [p for p in Path("cache").rglob("*") if p.is_file()]
 
 
+@pytest.mark.parametrize("shut", ["a file", "no rights"])
+def test_a_cache_that_cannot_be_written_is_the_one_thing_said(monkeypatch, shut, capfd):
+    """Not that the network failed, nor to put a file where none can be put."""
+    asked = []
+
+    def get(request):
+        asked.append(request)
+        raise PermissionError(13, "Permission denied", "cache/x")
+    monkeypatch.setattr(torch.hub, "urlopen", get)
+    if shut == "a file":
+        Path("cache").write_text("x")
+    with pytest.raises(OSError, match="cache"):
+        load("mnist")
+    assert len(asked) == (shut == "no rights") and not capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
 def test_named_sets_offline_say_which_file_to_put_where(monkeypatch, name):
     asked = served(monkeypatch, {})
@@ -334,6 +376,8 @@ def broken_files():
     write_cifar10("some.tar.gz")
     with tarfile.open("part.tar.gz", "w:gz") as tar:
         tar.add("ok/train-labels-idx1-ubyte.gz", "cifar-10-batches-bin/data_batch_1.bin")
+    with tarfile.open("photos.tar.gz", "w:gz") as tar:
+        tar.add("bad.tar.gz", "photos/1.jpg")
     np.save("float.npy", np.zeros((5, 8, 8), np.float32))
     np.save("flat.npy", np.zeros((5, 64), np.uint8))
     np.save("one.npy", np.zeros((1, 8, 8), np.uint8))
@@ -353,7 +397,8 @@ def broken_files():
     Path("mislabelled/train-labels-idx1-ubyte").write_bytes(b"\0\0\x08\1\0\0\0\2ab")
     np.save("picture.npy", np.zeros((9, 8, 3), np.uint8))  # one picture, not nine
     np.savez("some.npz", a=np.zeros((5, 8, 8), np.uint8))
-    write_idx(Path("huge"), True)  # says that it holds 2^50 bytes
+    Path("pointer.npy").write_text("version https://git-lfs.github.com/spec/v1\n")
+    write_idx(Path("huge"), True)  # says that it holds 2^40 bytes
     Path("huge/train-images-idx3-ubyte.gz").write_bytes(gzip.compress(struct.pack(">HBB3I", 0, 8, 3, 2**20, 2**15, 2**15) + bytes(99)))
     np.save("objects.npy", np.array([{}, {}], object), allow_pickle=True)
     Path("cut.npy").write_bytes(Path("float.npy").read_bytes()[:70])
@@ -362,11 +407,38 @@ def broken_files():
 @pytest.mark.parametrize("data", ["nowhere", "nowhere.npy", "nowhere.tar.gz", "empty", "cut", "foreign", "bad.tar.gz",
                                   "part.tar.gz", "float.npy", "flat.npy", "one.npy", "four.npy", "objects.npy",
                                   "cut.npy", "two.npy", "none.npy", "five.npy", "scalar.npy", "words.npy",
-                                  "zip.npy", "untested", "long", "mislabelled", "picture.npy", "some.npz", "huge"])
+                                  "zip.npy", "untested", "long", "mislabelled", "picture.npy", "some.npz", "pointer.npy"])
 def test_wrong_data_is_refused(data):
     broken_files()
-    with pytest.raises(ddpm.UserError, match=f"--data {re.escape(data)}: "):
+    with pytest.raises(ddpm.UserError, match=f"--data {re.escape(data)}: ") as refusal:
         load(data)
+    assert "pickle" not in str(refusal.value)  # nobody is told to run what is in a file
+
+
+@pytest.mark.parametrize("data, words", [("flat.npy", r"\(5, 64\)"), ("float.npy", r"float32 \(5, 8, 8\)"), ("picture.npy", r"\(9, 8, 3\)"),
+                                         ("photos.tar.gz", "data_batch_1.bin"), ("empty", "train-images-idx3-ubyte or .jpg")])
+def test_refusals_say_what_there_is_or_what_is_wanted(data, words):
+    """The shape is the file's own, before anything is held out."""
+    broken_files()
+    with pytest.raises(ddpm.UserError, match=words):
+        load(data)
+
+
+def test_what_does_not_fit_into_memory_is_not_called_damaged(monkeypatch):
+    broken_files()
+    with pytest.raises((MemoryError, ddpm.UserError)):
+        load("huge")
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        load("faces", size=2**20)
+
+    def full(*_, **__):
+        raise MemoryError
+    monkeypatch.setattr(np.lib.format, "open_memmap", full)
+    monkeypatch.setattr(gzip, "open", full)
+    Path("a.gz").write_bytes(gzip.compress(b"text"))
+    for read in (lambda: load("float.npy"), lambda: load("ok"), lambda: rope.load_text("a.gz", "cache")):
+        with pytest.raises(MemoryError):
+            read()
 
 
 def test_other_sizes_than_the_pictures_have_are_refused():
@@ -661,8 +733,9 @@ def test_text_from_files_of_each_kind():
         assert rope.load_text(name, "cache") == [some]
     Path("cut.txt").write_bytes(some + b"\xe4\xb8")  # as in enwik8, which ends within a character
     assert rope.load_text("cut.txt", "cache") == [some + b"\xe4\xb8"]
-    Path("a.zip").write_bytes(zipped(b="second", a="first", c=""))
-    assert rope.load_text("a.zip", "cache") == [b"first", b"second"]
+    mac = {"__MACOSX/._a": b"\0\5\x16\7\xff", ".DS_Store": b"\0\0\0\1Bud1", "folder/": "", "./here": "third"}
+    Path("a.zip").write_bytes(zipped(b="second", a="first", c="", **mac))
+    assert rope.load_text("a.zip", "cache") == [b"third", b"first", b"second"]
 
 
 def test_text_of_the_standard_library_is_mixed_and_without_its_tests():
@@ -689,10 +762,15 @@ CHINESE, FRENCH = "\u8bcd\u5411\u91cf " * 9, "d\u00e9j\u00e0 \u00e9t\u00e9 " * 9
 
 
 @pytest.mark.parametrize("body, guess", [
-    (CHINESE.encode("gbk"), "GB18030"), (FRENCH.encode("latin-1"), "LATIN1"), ("plain".encode("utf-16-le"), "UTF-16"),
-    (b"a\0b", "NUL bytes"), (b"\x89PNG\r\n\x1a\n\0\0", "perhaps")])
+    (CHINESE.encode("gbk"), "GB18030, else BIG5"), (f"1 {CHINESE[0]}, ".encode("gbk"), "GB18030"),
+    (FRENCH.encode("latin-1"), "CP1252"), ("\u201cquoted\u201d it\u2019s".encode("cp1252"), "CP1252"),
+    ("plain".encode("utf-16-le"), "UTF-16"), ("plain".encode("utf-32"), "UTF-32"), (b"a\0b", "NUL bytes"),
+    (b"\x89PNG\r\n\x1a\n\0\0", "no text: it has NUL bytes"), (b"PK\3\4\0\0" + bytes(range(256)), "no text: it has NUL bytes"),
+    (CHINESE.encode() + b"\xff" + CHINESE.encode(), "UTF-8, but for damage that iconv -c"), (CHINESE.encode()[1:], "UTF-8, but for damage")])
 def test_text_in_other_encodings_is_refused_with_a_guess(body, guess):
-    """And the command that converts; in a .zip the member is named."""
+    """And the command that converts, rightly; in a .zip the member is named."""
+    if guess[:2] in ("GB", "CP"):
+        assert body.decode(guess.partition(",")[0]) in (CHINESE, f"1 {CHINESE[0]}, ", FRENCH, "\u201cquoted\u201d it\u2019s")
     Path("old.txt").write_bytes(body)
     Path("old.zip").write_bytes(zipped(good="first", bad=body))
     for data, named in (("old.txt", "old.txt"), ("old.zip", "old.zip, bad")):
@@ -907,3 +985,8 @@ def test_knn_by_plain_loops(seed, k):
         hits += int(np.flatnonzero(counts == counts.max())[0] == label)
     got = o_gan.knn_accuracy(*(torch.tensor(v) for v in (x, y.astype(np.uint8), x_test, y_test.astype(np.uint8))), k)
     assert got == pytest.approx(hits / 20)
+
+
+def test_knn_of_fewer_than_k_takes_them_all():
+    x, y = torch.tensor([[0.0], [1.0], [9.0]]), torch.tensor([1, 1, 0], dtype=torch.uint8)
+    assert o_gan.knn_accuracy(x, y, x, y, 5) == pytest.approx(2 / 3)

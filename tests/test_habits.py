@@ -300,6 +300,10 @@ def test_sample_only_is_what_the_run_drew(script):
     after = results(script.out)
     assert after.pop(again) == before[drawn] and after == before
     assert script(flag, "--sample-seed 1")[0] == 0 and results(script.out)[again] != before[drawn]
+    (script.out / again).unlink()
+    for run in script.ranks(flag):  # two draw what one does
+        assert (run.wait(), run.err()) == (0, "")
+    assert results(script.out)[again] == before[drawn]
     other = script("--steps 3 --seed 9 --out other")[0], script("--out other", flag)[0]
     assert other == (0, 0) and results("other")[again] != before[drawn]  # other weights draw other things
 
@@ -551,10 +555,17 @@ def test_not_finite_is_one_line_and_1_and_the_checkpoint_is_from_before(script, 
 
 
 def test_out_of_memory_is_one_line(script, monkeypatch):
+    """Torch says how much was asked for, Python nothing: then it is the data, in reading or soon after."""
     def too_much(*_):
         torch.empty(2**50)
-    at(monkeypatch, script, "build", too_much)
-    script.ended(script("--steps 2"), 1, "memory")
+
+    def nothing(*_):
+        raise MemoryError
+    with monkeypatch.context() as patch:
+        at(patch, script, "build", too_much)
+        script.ended(script("--steps 2"), 1, "memory", str(4 * 2**50))
+    at(monkeypatch, script, "load_data", nothing)
+    script.ended(script("--steps 2"), 1, "--data", "out of memory")
 
 
 @pytest.mark.parametrize("size", [2**40, 2**61])
@@ -604,6 +615,7 @@ def refused_checkpoint(script, *words, flags="--resume --steps 5"):
 def test_foreign_and_cut_files_are_refused(script):
     script.refuses(["ckpt.pt", "no such file"], "--resume")
     assert script("--steps 2")[0] == 0
+    script.refuses(["a run's folder, no file in it"], "--resume --out", script.out / "ckpt.pt")
     path = script.out / "ckpt.pt"
     whole = path.read_bytes()
 
@@ -781,7 +793,10 @@ def test_nobody_listens(script):
     assert (run.wait(), run.err()) == (0, "")
     run = script.start("--steps 3 --out silent", stdout="closed", stderr="closed")
     assert run.wait() == 0
-    for out in ("closed", "head", "silent"):
+    with open("/dev/full", "w") as full:
+        run = script.start("--steps 3 --out full", stdout=full.fileno())
+        assert (run.wait(), run.err()) == (0, "")
+    for out in ("closed", "head", "silent", "full"):
         assert state(out)["step"] == 3 == metrics(out)["step"]
     reader, writer = os.pipe()
     run = script.start("--resume --steps 1 --out head", stdout=writer, stderr=writer)  # not even for what went wrong
