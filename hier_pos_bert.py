@@ -356,18 +356,23 @@ def pieces_of(word: str, ids: dict[str, int]) -> list[int]:
     return found if start == len(word) else [ids["[UNK]"]]
 
 
+WANTED = "config.json, vocab.txt and model.safetensors or pytorch_model.bin, whole, are wanted"
+
+
 def read_vocabulary(folder: str) -> dict:
     """The words of FOLDER/vocab.txt, their numbers, whether they are in lower case, and the number
     of each special one; without a folder the bytes. Raises UserError."""
-    words, lower, path = BYTES, False, Path(folder) / "vocab.txt"
+    words, lower, path = BYTES, False, Path(folder).expanduser() / "vocab.txt"
     if folder:
         settings = path.with_name("tokenizer_config.json")
         try:
-            words = path.read_text("utf-8").removesuffix("\n").split("\n")
-            said = json.loads(settings.read_text()) if settings.exists() else {}
-            lower = said.get("do_lower_case", True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--bert {folder}: {error}") from None
+            words = path.read_text("utf-8-sig").removesuffix("\n").split("\n")
+            said = json.loads(settings.read_bytes()) if settings.exists() else {}
+            lower, kind = said.get("do_lower_case", True), said.get("tokenizer_class")
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"--bert {folder}: {error}; {WANTED}") from None
+        if kind not in (None, "BertTokenizer", "BertTokenizerFast"):
+            raise UserError(f"--bert {folder}: its words are {kind}'s, not written here")
     if lost := set(SPECIAL) - set(words):
         raise UserError(f"{path}: has no {', '.join(sorted(lost))}")
     ids = {word: k for k, word in enumerate(words)}
@@ -388,6 +393,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                  I64=torch.int64, I32=torch.int32)
     body = bytearray(path.read_bytes())
     begin = 8 + int.from_bytes(body[:8], "little")
+    if not 8 < begin <= len(body):
+        raise ValueError(f"{path.name} is cut, or a pointer to it (git lfs pull)")
     state = json.loads(body[8:begin])
     state.pop("__metadata__", None)
     for name, item in state.items():
@@ -403,12 +410,14 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_bert(folder: str) -> tuple[dict, dict[str, Tensor]]:
     """config.json and the weights of FOLDER, by the names that `Bert` has; without "cls." if the
     model has no head. Raises UserError for what is missing, unknown or not a BERT."""
-    root, found = Path(folder), {}
+    root, found = Path(folder).expanduser(), {}
     try:
         c = dict(type_vocab_size=2, layer_norm_eps=1e-12) | json.loads(
-            (root / "config.json").read_text())
+            (root / "config.json").read_bytes())
         with torch.device("meta"):
-            want = {name: value.shape for name, value in Bert(c).state_dict().items()}
+            net = Bert(c)
+            net(torch.zeros(1, 1, dtype=torch.long))  # its heads, too, go with the rest
+            want = {name: value.shape for name, value in net.state_dict().items()}
         if (root / "model.safetensors").exists():
             state = read_safetensors(root / "model.safetensors")
         else:
@@ -419,9 +428,9 @@ def read_bert(folder: str) -> tuple[dict, dict[str, Tensor]]:
             if not re.search(r"position_ids$|^bert\.pooler\.|^cls\.seq_relationship\.", name):
                 found[name] = value.float()
     except OSError as error:
-        raise UserError(f"--bert {folder}: {error}") from None
+        raise UserError(f"--bert {folder}: {error}; {WANTED}") from None
     except Exception as error:  # torch raises a dozen kinds
-        raise UserError(f"--bert {folder}: damaged, or not a BERT's: {error!r:.80}") from None
+        raise UserError(f"--bert {folder}: damaged, or not a BERT's: {error!r:.100}") from None
     must = dict(position_embedding_type="absolute", hidden_act="gelu", model_type="bert")
     if wrong := [f"{k} {c[k]}" for k, v in must.items() if c.get(k, v) != v]:
         raise UserError(f"--bert {folder}: {', '.join(wrong)}: not the BERT that is written here")
@@ -437,7 +446,8 @@ def read_bert(folder: str) -> tuple[dict, dict[str, Tensor]]:
     for what, names in {"missing": want.keys() - found.keys(), "unknown": found.keys() - want,
                         "of a wrong shape": wrong}.items():
         if names:
-            raise UserError(f"--bert {folder}: {what}: {', '.join(sorted(names))}")
+            raise UserError(f"--bert {folder}: {what}, {len(names)} in all: "
+                            f"{', '.join(sorted(names)[:3])}")
     return c, found
 
 
@@ -646,6 +656,10 @@ def load_data(args: argparse.Namespace, device: torch.device, vocab: dict, n: in
     if min(map(len, parts)) < args.times * n:
         raise UserError(f"--data {args.data}: {min(map(len, parts))} tokens to test on, too few "
                         f"for windows of {args.times * n}")
+    unknown = (parts[0] == vocab["[UNK]"]).double().mean().item()
+    if unknown > 0.05:
+        say(f"warning: {unknown:.0%} of the tokens are [UNK], no words of {args.bert}: is it a "
+            "BERT for such a text?")
     return parts
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import runpy
 import struct
 import sys
@@ -21,6 +22,7 @@ sys.path.insert(0, str(EXPERIMENTS))
 import hier_pos_bert_arms as arms_of  # noqa: E402
 import hier_pos_bert_drift as drift  # noqa: E402
 import hier_pos_bert_memory as memory  # noqa: E402
+from test_blocks import damaged  # noqa: E402
 
 SEEDS = st.integers(0, 2**31)
 ALPHAS = st.floats(0.01, 0.99).filter(lambda a: abs(a - 0.5) > 1e-6)
@@ -467,7 +469,9 @@ def test_a_folder_there_and_back():
     ("half a head", ["missing", "cls.predictions.bias"]), ("untied", ["decoder.weight", "tied"]), ("relative", ["relative_key"]),
     ("relu", ["relu"]), ("roberta", ["roberta"]), ("no config", ["config.json"]), ("no weights", ["pytorch_model.bin"]),
     ("no words", ["vocab.txt"]), ("no mask", ["[MASK]"]), ("cut", ["damaged"]), ("few words", ["words"]), ("shape", ["shape", "dense.weight"]),
-    ("no width", ["hidden_size"]), ("a list", ["damaged"])])
+    ("no width", ["hidden_size"]), ("a list", ["damaged"]), ("heads", ["damaged", "5"]), ("eps", ["damaged", "eps"]),
+    ("sharded", ["model.safetensors", "whole"]), ("pointer", ["git lfs pull"]), ("Japanese", ["BertJapaneseTokenizer"]),
+    ("settings", ["f: ", "wanted"]), ("many missing", ["missing, 32 in all"])])
 def test_folders_that_are_refused(text, capsys, what, words):
     state, more, vocab = weights(), {}, list(VOCAB)
     if what == "missing":
@@ -482,8 +486,10 @@ def test_folders_that_are_refused(text, capsys, what, words):
         state["bert.encoder.layer.0.output.dense.weight"] = torch.zeros(3, 3)
     if what == "a list":
         state["bert.more"] = [1, 2]
+    if what == "many missing":
+        state = {name: value for name, value in state.items() if "layer" not in name and "cls" not in name}
     more = dict(relative=dict(position_embedding_type="relative_key"), relu=dict(hidden_act="relu"), roberta=dict(model_type="roberta"),
-                ).get(what, {})
+                heads=dict(num_attention_heads=5), eps=dict(layer_norm_eps=None)).get(what, {})
     path = folder("f", state, vocab if what != "no mask" else VOCAB[:4] + ["?"] + VOCAB[5:], kind="safetensors" if what == "cut" else "bin", **more)
     if what == "few words":
         (Path(path) / "vocab.txt").write_text("\n".join([*VOCAB, "one", "more"]) + "\n")
@@ -495,10 +501,71 @@ def test_folders_that_are_refused(text, capsys, what, words):
     if what == "cut":
         file = Path(path) / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-5])
+    if what == "sharded":
+        (Path(path) / "pytorch_model.bin").rename(Path(path) / "pytorch_model-00001-of-00002.bin")
+    if what == "pointer":  # what git leaves there without its large files
+        (Path(path) / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 440449768\n")
+    if what in ("Japanese", "settings"):
+        said = dict(tokenizer_class="BertJapaneseTokenizer") if what == "Japanese" else [1]
+        (Path(path) / "tokenizer_config.json").write_text(json.dumps(said))
     assert hier.main(["--bert", path, "--data", "a.txt", "--steps", "1", "--times", "2"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and all(word in err for word in words), err
+    assert err.count("\n") == 1 and len(err) < 400 and all(word in err for word in words), err
     assert not Path("out").exists()
+
+
+def test_a_folder_that_a_windows_editor_saved(monkeypatch):
+    """Byte-order marks, CRLF; and a path from home."""
+    path = Path(folder("f", weights()))
+    for name in ("config.json", "vocab.txt"):
+        (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes().replace(b"\n", b"\r\n"))
+    (path / "tokenizer_config.json").write_bytes(b'\xef\xbb\xbf{"do_lower_case": false, "tokenizer_class": "BertTokenizer"}')
+    for name in ("f", "~/f"):  # home is this folder
+        assert hier.read_bert(name)[0]["hidden_size"] == 12
+        vocab = hier.read_vocabulary(name)
+        assert vocab["words"] == VOCAB and vocab["lower"] is False
+
+
+def test_damaged_folders_are_read_or_refused():
+    """Whatever is in its files: a model that runs, or UserError."""
+    kinds = dict(a="bin", b="safetensors")
+    for name, kind in kinds.items():
+        (Path(folder(name, weights(), kind=kind)) / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    g, ends = random.Random(0), Counter()
+    for path in sorted(p for name in kinds for p in Path(name).iterdir()):
+        whole = path.read_bytes()
+        for _ in range(20 if path.suffix == ".bin" else 40):
+            path.write_bytes(damaged(whole, g))
+            try:
+                args = hier.parse_args(["--bert", str(path.parent), "--times", "2"])
+                c, state, vocab = hier.read_start(args)
+                hier.build(args, torch.device("cpu"), c, state)(torch.tensor([hier.word_pieces("text, hello", IDS)[:5]]))
+                ends["read"] += 1
+            except hier.UserError as error:
+                assert "\n" not in str(error)
+                ends["refused"] += 1
+        path.write_bytes(whole)
+    assert min(ends.values()) > 20, ends
+
+
+def test_a_text_that_the_vocabulary_does_not_know_is_told(text, capsys):
+    """All of it [UNK]: a model guesses it rightly, and has learnt nothing."""
+    Path("w.txt").write_text("слова другого языка " * 300)
+    argv = f"--bert {folder('f', weights())} --batch-size 4 --times 2 --tune-steps 0 --eval-tokens 300 --span 1 --steps 0".split()
+    run(*argv, "--data", "w.txt")
+    assert "warning: 100% of the tokens are [UNK]" in capsys.readouterr().out
+    words_text("v.txt")
+    run(*argv, "--data", "v.txt")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_folder_may_move_before_a_resume(text):
+    words_text("w.txt")
+    flags = "--data w.txt --batch-size 4 --times 2 --tune-steps 0 --eval-tokens 300 --span 1".split()
+    run(*flags, "--bert", folder("f", weights()), "--steps", 1)
+    Path("f").rename("g")
+    run("--resume", "--bert", "g", "--steps", 2, *flags[4:])
+    assert state_of()["step"] == 2 and state_of()["config"]["bert"] == "g"
 
 
 # ---- evaluation ----
