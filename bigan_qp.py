@@ -182,7 +182,8 @@ def report(T: nn.Module, G: nn.Module, E: nn.Module, fresh: nn.Module, x: Tensor
     seen, seen_test, seen_again = (pca.encode(pictures) for pictures in (x, x_test, again))
     metrics |= dict(
         samples=len(samples), code_mse=(codes_of(E, samples) - z).square().mean().item(),
-        code_std=code.std(0).tolist(), divergence_bound=bound.item(), critic_scale=scale.item(),
+        code_std=code.std(0, correction=0).tolist(),
+        divergence_bound=bound.item(), critic_scale=scale.item(),
         divergence_most=args.lam / 2 * d.mean().item(),
         sharpness_reconstructions=gradient(again) / max(gradient(x_test), 1e-9),
         psnr=psnr(x_test, again), **{

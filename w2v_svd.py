@@ -549,6 +549,10 @@ def load_data(args: argparse.Namespace, device: torch.device,
     names, ids = read_words(load_text(args.data, args.cache), args.data == "python")
     n = torch.bincount(ids, minlength=len(names))
     n[[k for k, name in enumerate(names) if not name[:1].isalpha()]] = 0
+    han = torch.tensor([len(name) if "\u3040" <= name[:1] <= "\u9fff" else 0 for name in names])
+    if 2 * n[han > 0].sum() > n.sum() and (n * han).sum() > 4 * n[han > 0].sum():
+        say(f"warning: --data {args.data}: words of {(n * han).sum() / n[han > 0].sum():.0f} "
+            "characters; a text without blanks between its words has to be cut into words first")
     order = n.argsort(descending=True, stable=True)
     order = order[:int((n >= args.min_count).sum())][:args.vocabulary]
     new = torch.full((len(n),), -1, dtype=torch.int32)
@@ -737,7 +741,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         # flag            CPU        --gpu    least  meaning
         data=            ("python",  "text8", None,  "python (its docstrings and comments), text8, "
                           "enwik8, shakespeare, or a text, .gz .bz2 .xz .zip; a line, a document"),
-        steps=           (0,                  0,     "in all, resumed ones included"),
+        steps=           (0,                  0,     "in all, resumed ones included; 0: see "
+                          "--model and --epochs"),
         batch_size=      (1024,      8192,    1,     "global, over all processes"),
         seed=            (0,                  0,     "of weights, noise and order"),
         model=           ("ppmi",             MODELS, "ppmi and linear-skipgram are solved by an "

@@ -229,14 +229,14 @@ def parser(name):
 
 
 def test_common_flags_are_alike():
-    """Same name, kind, metavar and help in all scripts, but for the data sets' names and the defaults."""
+    """Same name, kind, metavar and help in all scripts, but for the data sets' names, defaults and what 0 means."""
     common = "--gpu --data --steps --batch-size --seed --out --resume --cache --fp32 --compile".split()
     first = {}
     for name in TEXTS:
         actions = {a.option_strings[0]: a for a in parser(name)._actions if a.option_strings}
         for flag in common:
             a = actions[flag]
-            text = re.sub(r" ?\(default: .*\)$", "", a.help or "")
+            text = re.sub(r"(; 0: [^;(]*)? ?\(default: .*\)$", "", a.help or "")
             facts = (type(a), a.metavar, a.choices, None if flag == "--data" else text)
             origin, want = first.setdefault(flag, (name, facts))
             assert facts == want, f"{flag}: {name} differs from {origin}"

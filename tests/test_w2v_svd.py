@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import random
+import runpy
 import struct
 import sys
 import unicodedata
@@ -756,6 +757,15 @@ def test_texts_without_pairs_are_refused_before_the_work(body, flags, line):
         data("--data", "t.txt", "--min-count", "1", *flags)
 
 
+@pytest.mark.parametrize("said, told", [("我们去公园看花，他说今天天气很好。" * 20, True), ("我们 去 公园 看花 ， 他 说 今天 天气 很 好 。" * 20, False),
+                                        ("a plain text with 很长的中文短语在里面 once or twice " * 9, False)])
+def test_a_text_without_blanks_between_words_is_told(said, told, capsys):
+    """Its clauses become words: vectors of them are good for nothing."""
+    Path("zh.txt").write_text(said + "\n", "utf-8")
+    data("--data", "zh.txt", "--min-count", "1")
+    assert ("warning: --data zh.txt: words of 8 characters" in capsys.readouterr().out) == told
+
+
 def test_prose_is_docstrings_and_comments():
     found = b" ".join(map(b"".join, w.PROSE.findall(b'x = 1  # one thing\n"""Two\nlines."""\ny = f(z)\n# end\n')))
     assert found.split() == [b"one", b"thing", b"Two", b"lines.", b"end"]
@@ -1292,6 +1302,15 @@ def test_experiments_run(name, flags, capsys):
         values = [float(line.rpartition(" ")[2]) for line in said.splitlines()
                   if line.startswith(("the most", "PPMI", "SGNS by"))]
         assert len(values) == 6 and values[0] == max(values)
+
+
+@pytest.mark.parametrize("command", ["w2v_arms --data nowhere --eval s.txt", "w2v_objective --data nowhere", "w2v_map --vectors nowhere",
+                                     "w2v_defaults --data nowhere --choose s.txt --report t.tsv"])
+def test_experiments_say_what_is_wrong_in_a_line(command, monkeypatch):
+    name, *flags = command.split()
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit, match=f"^{name}.py: .*nowhere: [Nn]o such file"):
+        runpy.run_path(Path(__file__).parent / "experiments" / f"{name}.py", run_name="__main__")
 
 
 def test_the_map_shows_eight_words_and_the_five_nearest_to_each():

@@ -55,4 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except w.UserError as error:
+        sys.exit(f"w2v_defaults.py: {error}")
