@@ -544,8 +544,13 @@ def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
     metrics = dict(trained_length=trained, edges=edges, bits_per_byte=near, by_position=places,
                    test_bytes=bits.numel(), codes=code_use(net, test, args.update_len))
     if args.recall_steps and RANKS == 1:  # its codebooks would wait for the other ranks
-        metrics["recall"] = recall(args.attention, args.recall_steps, args.seed, test.device)
-        say("  recall: " + "  ".join(f"{k} {share:.3f}" for k, share in metrics["recall"].items()))
+        metrics["recall"] = {}
+        for name, attention, texts in (("near and far", args.attention, recall_text),
+                                       ("far only", args.attention, far_text),
+                                       ("far only, gradient of (2)", "quadratic", far_text)):
+            right = recall(attention, args.recall_steps, args.seed, test.device, texts)
+            metrics["recall"][name] = right
+            say(f"  recall, {name:28}" + "  ".join(f"{k} {x:.3f}" for k, x in right.items()))
     return metrics
 
 
@@ -566,6 +571,13 @@ def recall_text(rows: int, g: torch.Generator) -> Tensor:
     """Texts "k v k v ..." (rows, 128): 8 keys at random, each text has its own map to 8 values."""
     value = torch.randint(8, (rows, 8), generator=g, device=g.device)
     key = torch.randint(8, (rows, 64), generator=g, device=g.device)
+    return torch.stack([key, 128 + value.gather(1, key)], -1).flatten(1)
+
+
+def far_text(rows: int, g: torch.Generator) -> Tensor:
+    """The same, of 16 keys in a cycle: each comes again after 32 tokens, never sooner."""
+    value = torch.randint(8, (rows, 16), generator=g, device=g.device)
+    key = torch.rand(rows, 16, generator=g, device=g.device).argsort(1).repeat(1, 4)
     return torch.stack([key, 128 + value.gather(1, key)], -1).flatten(1)
 
 

@@ -752,7 +752,7 @@ def naive_gaps(keys):
 
 @pytest.mark.parametrize("far_only", [False, True])
 def test_recall_text(far_only):
-    texts = experiment("recall")["far_texts"] if far_only else tvq.recall_text
+    texts = tvq.far_text if far_only else tvq.recall_text
     text = texts(50, torch.Generator().manual_seed(0))
     assert text.shape == (50, 128)
     keys, gaps = 16 if far_only else 8, set()
@@ -812,10 +812,18 @@ def test_recall_is_a_naive_run(monkeypatch):
     assert [step for step, restart in enumerate(restarts) if restart] == [15, 31]
 
 
-def test_recall_of_a_window_alone_has_one_way():
-    run("--steps 2 --attention window --recall-steps 2")
+@pytest.mark.parametrize("attention, ways", [("vq", 3), ("window", 1), ("quadratic", 3)])
+def test_the_report_has_recall_near_and_far(capsys, attention, ways):
+    """Of --attention on both kinds of texts, then of (2) with its own gradient on the far ones; each arm is its own."""
+    run(f"--steps 2 --attention {attention} --recall-steps 3 --seed 4")
     recall = json.loads(Path("out/transformer_vq/metrics.json").read_text())["recall"]
-    assert recall == tvq.recall("window", 2, 0, torch.device("cpu")) and recall.keys() == {"window"}
+    said = capsys.readouterr().out
+    arms = (("near and far", attention, tvq.recall_text), ("far only", attention, tvq.far_text),
+            ("far only, gradient of (2)", "quadratic", tvq.far_text))
+    assert list(recall) == [name for name, *_ in arms]
+    for (name, way, texts), count in zip(arms, (ways, ways, 3)):
+        assert recall[name] == tvq.recall(way, 3, 4, torch.device("cpu"), texts) and len(recall[name]) == count
+        assert f"  recall, {name:28}" + "  ".join(f"{k} {x:.3f}" for k, x in recall[name].items()) + "\n" in said
 
 
 # ---- wiring ----
@@ -1047,7 +1055,7 @@ def test_flags_of_the_report_leave_the_weights_alone(plain):
     assert json.loads(Path("out/6/metrics.json").read_text())["test_bytes"] != json.loads(
         (base / "metrics.json").read_text())["test_bytes"]
     recall = json.loads(Path("out/7/metrics.json").read_text())["recall"]
-    assert recall == tvq.recall("vq", 1, 0, torch.device("cpu"))
+    assert recall["near and far"] == tvq.recall("vq", 1, 0, torch.device("cpu"))
     assert "recall" not in json.loads((base / "metrics.json").read_text())
 
 
@@ -1133,19 +1141,6 @@ def test_arms_run_for_two_steps(capsys):
     assert rows["exact, then K-means, exact keys"] == rows["exact keys, exact"]  # its weights
     assert rows["exact, then K-means, vq"] != rows["exact, then K-means, exact keys"]
     assert rows["vq without B, vq"] != rows["vq, vq"] != rows["the window alone, window"]
-
-
-def test_recall_runs_for_two_steps_and_each_arm_is_its_own(capsys):
-    recall = experiment("recall")
-    recall["main"](["--steps", "2"])
-    said = capsys.readouterr().out.splitlines()
-    assert [len(line[34:].split("  ")) for line in said] == [3, 1, 3, 3]
-    for line, (name, *arm) in zip(said, (("trained with vq", "vq", tvq.recall_text),
-                                         ("trained with the window alone", "window", tvq.recall_text),
-                                         ("far only, the post's gradient", "vq", recall["far_texts"]),
-                                         ("far only, full straight-through", "quadratic", recall["far_texts"]))):
-        right = tvq.recall(arm[0], 2, 0, torch.device("cpu"), arm[1])
-        assert line == f"{name:34}" + "  ".join(f"{way} {share:.3f}" for way, share in right.items())
 
 
 def test_time_runs_and_computes_what_it_times(capsys):
