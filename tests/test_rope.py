@@ -979,7 +979,7 @@ def test_a_look_on_the_way(text, position, capsys, monkeypatch):
             then.append({k: v.clone() for k, v in parts["model"].state_dict().items()})
         save(args, step, parts, **more)
     monkeypatch.setattr(rope, "save_checkpoint", keep)
-    run(*text, "--steps", 3, "--position", position, "--save-every", 2)
+    run(*text, "--steps", 3, "--position", position, "--save-every", 2, "--length", 40)
     net = load()[0]
     net.load_state_dict(then[0])
     bits = bits_by_loops(net.double(), parts_of()[1][:129], 16).mean()
@@ -987,7 +987,7 @@ def test_a_look_on_the_way(text, position, capsys, monkeypatch):
     net = net.float()
     got = Path("out/rope/samples_000002.txt").read_bytes().decode()
     assert got.startswith("def ") and got != Path("out/rope/samples.txt").read_text()
-    tokens = rope.sample(net, torch.tensor([list(b"def ")] * 2), 6, naive_generator(0), 0.8)
+    tokens = rope.sample(net, torch.tensor([list(b"def ")] * 2), 40, naive_generator(0), 0.8)
     assert got == f"\n{'-' * 80}\n".join(bytes(row).decode("utf-8", "replace") for row in tokens.tolist()) + "\n"
 
 
