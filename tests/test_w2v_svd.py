@@ -1203,6 +1203,11 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
 
 # ---- what users bring ----
 
+@pytest.mark.parametrize("argv", ["--window 1000", "--model skipgram --batch-size 32 --lr 0.1", "--resume --epochs 5"])
+def test_flags_at_their_limits_go(argv):
+    w.check_flags(w.parse_args(argv.split()))
+
+
 @pytest.mark.parametrize("argv, line", [
     ([*BASE, "--min-count", "9999"], "0 words come 9999 times"),
     ([*BASE, "--sample", "1e-9"], "of those that --sample leaves no line has two"),
