@@ -388,7 +388,7 @@ def encode(text: bytes, vocab: dict) -> Tensor:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, as float32; numbers that are no weights stay."""
+    """The tensors of a .safetensors file, as they are stored."""
     kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
                  I64=torch.int64, I32=torch.int32)
     body = bytearray(path.read_bytes())
@@ -641,6 +641,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--width {args.width}: --heads {args.heads} cannot share it evenly")
     if wrong := set(args.arms) - set(WAYS):
         raise UserError(f"--arms {' '.join(sorted(wrong))}: not one of {', '.join(WAYS)}")
+    if args.classify and not args.tune_steps:
+        raise UserError("--classify: labels are learnt in --tune-steps, which are 0")
     if args.stretch_only and not (args.bert or args.resume):
         raise UserError("--stretch-only: needs --bert or --resume")
     if not 0 < args.alpha < 1 or args.alpha == 0.5:
@@ -679,8 +681,10 @@ def load_labelled(args: argparse.Namespace, device: torch.device, vocab: dict, n
         raise UserError(str(error).replace("--data", "--classify")) from None
     except (ValueError, LookupError, AttributeError):
         raise UserError(f"{what}, line {k}: not label, tab, text, nor CLUE's JSON") from None
-    if len(numbers) < 2 or len(rows) < 10:
-        raise UserError(f"{what}: {len(rows)} lines, labels {len(numbers)}; it takes 10, and 2")
+    if len(rows) < 10 or not 2 <= len(numbers) <= len(rows) / 2:
+        raise UserError(f"{what}: {len(rows)} lines, labels {len(numbers)}; it takes 10 lines, and "
+                        "2 labels to half as many as lines")
+    say(f"{args.classify}: {len(rows):,} documents with {len(numbers)} labels, a tenth held out")
     order = torch.randperm(len(rows), generator=generator("cpu", 4))
     return nn.utils.rnn.pad_sequence(rows, True, vocab["[PAD]"])[order].to(device)
 

@@ -1153,7 +1153,7 @@ def test_labelled_documents_are_read(text):
 
 @pytest.mark.parametrize("body, words", [
     (None, ["no such file"]), ("folder", ["no such file"]), (b"", ["nothing in it"]), (b"\n\n", ["line 1"]), (b"a\tx\nno tab\nb\ty\n" * 9, ["line 2", "tab"]),
-    (b"a\tx\n" * 12, ["12 lines", "labels 1"]), (b"a\tx\nb\ty\n" * 4, ["8 lines", "10"]), (b"{\"label\": 1}\n", ["line 1"]), (b"a\tx\n{\"label\": 1, \"sent\n", ["line 2"]),
+    (b"a\tx\n" * 12, ["12 lines", "labels 1"]), (b"".join(b"text %d\tlabel\n" % k for k in range(12)), ["labels 12", "half as many"]), (b"a\tx\nb\ty\n" * 4, ["8 lines", "10"]), (b"{\"label\": 1}\n", ["line 1"]), (b"a\tx\n{\"label\": 1, \"sent\n", ["line 2"]),
     (b"{\"label\": 1, \"sentence\": 3}\n", ["line 1", "JSON"]), ("a\té\n".encode("latin1") * 12, ["UTF-8", "iconv"]), (b"\x1f\x8bx", ["damaged"])])
 def test_labelled_documents_that_are_refused(text, capsys, body, words):
     """One line, before anything is trained or written."""
@@ -1166,6 +1166,14 @@ def test_labelled_documents_that_are_refused(text, capsys, body, words):
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and f"--classify {name}" in err and "--data" not in err and all(word in err for word in words), err
     assert not Path("out").exists()
+
+
+def test_labels_take_tuning_and_their_number_is_said(text, capsys):
+    Path("c.tsv").write_text("".join(f"{k % 3}\ttext {k}\n" for k in range(24)))
+    assert hier.main([*TINY, "--steps", "1", "--classify", "c.tsv", "--tune-steps", "0"]) == 2
+    assert "--tune-steps" in capsys.readouterr().err
+    run(*TINY, "--steps", 1, "--classify", "c.tsv", "--tune-steps", 1, "--arms", "tile")
+    assert "c.tsv: 24 documents with 3 labels, a tenth held out\n" in capsys.readouterr().out
 
 
 def test_labels_again_from_the_checkpoint(text, monkeypatch):
