@@ -529,9 +529,10 @@ MODELS = (*BY_SVD, "skipgram", "cbow", "autoencoder")
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be, before any work begins."""
-    idle = args.given & {"loss", "negative", "shared_negatives", "lr", "epochs"}
-    if args.model in BY_SVD and idle and not args.resume:
-        raise UserError(f"--{min(idle).replace('_', '-')}: --model {args.model} does not descend")
+    descent = {"loss", "negative", "shared_negatives", "lr", "epochs"}
+    idle = args.given & (descent if args.model in BY_SVD else {"p"})
+    if idle and not args.resume:
+        raise UserError(f"--{min(idle).replace('_', '-')}: is not for --model {args.model}")
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {SPAN * RANKS}")
     if args.window > 1000:

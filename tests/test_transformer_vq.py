@@ -1041,6 +1041,25 @@ def test_every_flag_matters(change, plain):
     assert a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a) or far_states(a, b) > 1e-6
 
 
+@pytest.mark.parametrize("size, update_len, goes", [(1300, 1169, True), (1300, 1170, False), (1280, 8, False)])
+def test_the_shortest_texts(size, update_len, goes):
+    """90 % to train on, of which one byte more than a text is wanted; 5 % to test, more than 64 bytes."""
+    Path("few.txt").write_bytes(bytes(k % 90 + 33 for k in range(size)))
+    args = tvq.parse_args(["--data", "few.txt", "--segments", "1", "--update-len", str(update_len)])
+    if goes:
+        assert [len(part) for part in tvq.load_data(args, torch.device("cpu"))] == [1170, 65, 65]
+    else:
+        with pytest.raises(tvq.UserError, match="bytes to train on"):
+            tvq.load_data(args, torch.device("cpu"))
+
+
+def test_the_speed_is_of_the_bytes_that_this_run_saw():
+    run("--steps 2")
+    assert tvq.main(["--resume", "--steps", "5", "--recall-steps", "0", "--eval-bytes", "128", "--length", "12"]) == 0
+    found = json.loads(Path("out/transformer_vq/metrics.json").read_text())
+    assert found["bytes_per_second"] * found["train_seconds"] == pytest.approx(3 * 4 * 8)
+
+
 def test_flags_of_the_report_leave_the_weights_alone(plain):
     for k, change in enumerate(("--temperature 2", "--nucleus 0.5", "--sample-seed 9", "--prompt class", "--length 5",
                                 "--samples 1", "--eval-bytes 96", "--recall-steps 1")):
