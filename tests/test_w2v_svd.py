@@ -1056,6 +1056,13 @@ def test_the_loss_that_is_logged_is_a_mean_per_pair():
             assert float(row[4]) == pytest.approx(want, rel=1e-5) and float(row[5]) == 0.02
 
 
+def test_the_report_has_eight_neighbours_of_each_word():
+    Path("t.txt").write_text("\n".join(f"{a}x {b}y" for a in "abcdefgh" for b in "abcdefgh" if (ord(a) * ord(b)) % 3))
+    assert w.main(["--data=t.txt", "--min-count=1", "--dim=3", "--sample=0", "--window=1"]) == 0
+    rows = json.loads(Path("out/w2v_svd/metrics.json").read_text())["neighbours"]
+    assert rows and {len(row) for row in rows.values()} == {8}
+
+
 def test_epochs_are_passes_over_the_text_where_steps_are_none():
     write_text()
     T = sum(map(len, read_text()[1]))
