@@ -864,7 +864,7 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
         return 0
     except (KeyboardInterrupt, UserError, OSError, FloatingPointError, MemoryError,
             RuntimeError) as error:
-        line = str(error).partition("\n")[0] or f"--data {args.data}: out of memory"
+        line = str(error).partition("\n")[0] or f"{type(error).__name__}, --data {args.data}"
         lost = RANKS > 1 and re.search("gloo|NCCL|onnection", line)  # its own rank says why
         scarce = re.search("allocate|memory|overflow", line)
         if isinstance(error, RuntimeError) and not (lost or scarce):

@@ -424,6 +424,14 @@ def test_refusals_say_what_there_is_or_what_is_wanted(data, words):
         load(data)
 
 
+def test_a_fault_without_words_is_not_called_want_of_memory():
+    """A RuntimeError that says nothing is the script's own fault: it is raised, not turned into a line."""
+    def body(*_):
+        raise RuntimeError
+    with pytest.raises(RuntimeError):
+        ddpm.run(body, ddpm.parse_args([]), lambda _: None)
+
+
 def test_what_does_not_fit_into_memory_is_not_called_damaged(monkeypatch):
     broken_files()
     with pytest.raises((MemoryError, ddpm.UserError)):
