@@ -67,9 +67,10 @@ from torch import Tensor, nn
 def digits(positions: Tensor, n: int, rows: int) -> tuple[Tensor, Tensor]:
     """i - 1 and j - 1 of position (i - 1) n + j, counted from 0: its two digits in base n.
 
-    Raises ValueError for a position that is not in [0, rows n): there are no more codes.
+    Raises ValueError for a position that is not in [0, rows n): there are no more codes. On a GPU,
+    where this would wait, and compiled, which it would cut, looking the rows up fails instead.
     """
-    if positions.numel() and not torch.compiler.is_compiling():  # it would cut the graph
+    if positions.numel() and not (positions.is_cuda or torch.compiler.is_compiling()):
         low, high = int(positions.min()), int(positions.max())
         if not 0 <= low <= high < rows * n:
             raise ValueError(f"positions {low} to {high}: {n} codes make {rows * n}, no more")
@@ -102,7 +103,8 @@ def hierarchical_positions(p: Tensor, alpha: float, positions: Tensor, anchor: i
     """
     beta = check_alpha(alpha) / (1 - alpha)
     i, j = digits(positions, len(p), len(p) - anchor)
-    return p[j] - beta * (p[anchor] - p[anchor + i])  # minus +0 leaves even -0 as it is
+    # minus +0 leaves even -0 as it is; F.embedding(j, p) is p[j] that refuses j < 0
+    return F.embedding(j, p) - beta * (p[anchor] - F.embedding(anchor + i, p))
 
 
 @torch.no_grad()
@@ -806,7 +808,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     """The whole run: data, masked-language modelling at n, checkpoints, the post's experiment."""
     c, weights, vocab = read_start(args)
     n = c["max_position_embeddings"]
-    text, valid, test = load_data(args, device, vocab, n)
+    text, valid, test = [None] * 3 if args.classify and not args.steps else \
+        load_data(args, device, vocab, n)
     documents = load_labelled(args, device, vocab, n) if args.classify else None
     net = build(args, device, c, weights)
     opt = berts_adam(net)

@@ -107,6 +107,14 @@ def test_all_codes_of_512_positions_differ(alpha):
     assert line.sort().values.diff().min() > 0
 
 
+@pytest.mark.parametrize("position", [-1, -6, 36])
+def test_positions_without_a_code_fail_even_where_they_are_not_looked_at(position, monkeypatch):
+    """Compiled, and on a GPU, digits does not look; no row from the table's end may stand in for -1."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(IndexError):
+        hier.hierarchical_positions(draws(6, 3), 0.4, torch.tensor([0, position]))
+
+
 @given(st.integers(3, 8), SEEDS)
 def test_limits_and_distances(n, seed):
     """alpha -> 0 is tiling; the step of a block grows with alpha; a swap is |1 - beta|, a column beta times as far."""
@@ -1174,6 +1182,13 @@ def test_labels_take_tuning_and_their_number_is_said(text, capsys):
     assert "--tune-steps" in capsys.readouterr().err
     run(*TINY, "--steps", 1, "--classify", "c.tsv", "--tune-steps", 1, "--arms", "tile")
     assert "c.tsv: 24 documents with 3 labels, a tenth held out\n" in capsys.readouterr().out
+
+
+def test_labels_alone_need_no_text(text):
+    """Without --steps there is nothing for --data to teach."""
+    labelled_text("c.tsv")
+    run(*CLASSIFY, "--steps", 0, "--data", "no such file", "--arms", "tile")
+    assert hier.main([str(word) for word in [*CLASSIFY, "--steps", 1, "--data", "no such file"]]) == 2
 
 
 def test_labels_again_from_the_checkpoint(text, monkeypatch):
