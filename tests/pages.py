@@ -26,7 +26,7 @@ BLOCK = re.compile(r"^# === shared: (\w+) ===\n(.*?)^# === end shared ===\n", re
 INTO_CODE = re.compile(r'\[(?:`(?P<name>[\w.]+)`|test)\]\((?P<path>[^)#\s]+\.py)#L(?P<line>\d+)(?: "(?P<test>\w+)")?\)')
 COUNTS = re.compile(r"(\d+) code lines, (\d+) without the shared blocks")
 COMMAND = re.compile(r"(?:python|uv run|torchrun(?: --\w+=\d+)*) ((?:tests/)?(?:experiments/)?\w+\.py)\b([^\n`#&|]*)")
-PASTE = re.compile(r"(?:Copy|复制) ((?:`\w+`[,、 and和]*)+)(?: from|，取自) `(\w+)\.py`[^\n]*\n+```python\n(.*?)```", re.S)
+PASTE = re.compile(r"(?:Copy the imports and|复制其 import 与) ((?:`\w+`[,、 and和]*)+)(?: from|，取自) `(\w+)\.py`[^\n]*\n+```python\n(.*?)```", re.S)
 
 
 def definitions(path: Path) -> dict[str, int]:
