@@ -326,29 +326,53 @@ class Word2Vec(nn.Module):
         self.model, self.loss = model, loss
         self.U = nn.Parameter((torch.rand(V, n) - 0.5) / n)
         self.out = nn.Parameter(torch.zeros(V, n))
+        self.register_buffer("U_sum", torch.zeros(V))  # of squares, for `learn`
+        self.register_buffer("out_sum", torch.zeros(V))
 
     def forward(self, centre: Tensor, near: Tensor, weight: Tensor, negatives: Tensor,
-                k: int) -> tuple[Tensor, Tensor]:
-        """Summed loss and number of pairs of `windows`; negatives (K,) stand for k per pair."""
-        if self.model == "skipgram":
-            h = lookup(centre, self.U)  # (B, S, n), 4122
-        else:
-            h = weight @ lookup(near, self.U)  # (B, S, n), 4233 词向量=one hot: summed over the bag
+                k: int) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """Summed loss and number of pairs of `windows`; and the loss's gradient, by hand: words
+        and a row for each, of U, of out for the targets, of out for the negatives.
+
+        negatives (G, K): each G-th of the batch shares K words, which stand for k per pair. With
+        the softmax they are all words, (1, V).
+        """
+        bag = self.model != "skipgram"
+        read = near if bag else centre
+        h = v = lookup(read, self.U)  # 4122
+        if bag:
+            h = weight @ v  # (B, S, n), 4233 词向量=one hot: summed over the bag
+        aim, w = near, weight
         if self.model == "cbow":  # 4233's difference 1: the target is the centre
-            x = (h * lookup(centre, self.out)).sum(-1, keepdim=True)
-            weight = (weight.sum(-1, keepdim=True) > 0).float()
-        else:
-            x = h @ lookup(near, self.out).mT  # (B, S, S + 2L): all pairs of a block at once
-        mass = weight.sum(-1)  # (B, S)
+            aim, w = centre, torch.diag_embed((weight.sum(-1) > 0).to(v.dtype))
+        c, q, share = lookup(aim, self.out), lookup(negatives, self.out), (len(negatives), -1)
+        H, mass = h.reshape(*share, h.shape[-1]), w.sum(-1).view(*share, 1)
+        x, y = (h @ c.mT).to(v.dtype), (H @ q.mT).to(v.dtype)  # scores: a block's pairs at once
         if self.loss == "softmax":  # 4233's difference 2
-            y = (h @ self.out.mT).float()  # (B, S, V)
-            value = (mass * y.logsumexp(-1)).sum() - (weight * x.float()).sum()
-        else:
-            # departs: one draw of K negatives for the whole batch, word2vec draws k for each pair
-            y = (h @ lookup(negatives, self.out).mT).float()  # (B, S, K)
-            value = -(weight * F.logsigmoid(x.float())).sum() \
-                + k / len(negatives) * (mass * F.softplus(y).sum(-1)).sum()
-        return value, mass.sum()
+            value = (mass * y.logsumexp(-1, True)).sum() - (w * x).sum()
+            dx, dy = -w, mass * y.softmax(-1)
+        else:  # departs: word2vec draws k for each pair
+            mass_k = mass * (k / negatives.shape[1])
+            value = -(w * F.logsigmoid(x)).sum() - (mass_k * F.logsigmoid(-y)).sum()
+            dx, dy = -w * (-x).sigmoid(), mass_k * y.sigmoid()
+        dh = dx @ c + (dy @ q).view_as(h)
+        dv = weight.mT @ dh if bag else dh
+        return value, mass.sum(), [(read, dv), (aim, dx.mT @ h), (negatives, dy.mT @ H)]
+
+    def learn(self, lr: float, gradient: list[tuple[Tensor, Tensor]]) -> None:
+        """A step down `forward`'s gradient, where a word may come many times.
+
+        departs: word2vec has one rate for all rows; here a row's falls by what it has learnt, as
+        Adagrad's (Duchi et al. 2011, one sum a row), so it can be higher, and a batch large.
+        """
+        U, out = (self.U, self.U_sum), (self.out, self.out_sum)
+        for (W, total), (at, rows) in zip((U, out, out), gradient):
+            rows = rows.flatten(0, 1).to(W.dtype)  # from bfloat16
+            once = torch.sparse_coo_tensor(at.reshape(1, -1), rows, W.shape, check_invariants=False)
+            once = once.coalesce()  # each word once, with the sum of its rows
+            at, g = once.indices()[0], once.values()
+            total.index_add_(0, at, g.square().mean(1))
+            W.index_add_(0, at, g * (-lr * (total[at] + 1e-10).rsqrt())[:, None])
 
 
 def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int,
@@ -529,6 +553,9 @@ MODELS = (*BY_SVD, "skipgram", "cbow", "autoencoder")
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for what cannot be, before any work begins."""
+    if args.resume is None:
+        raise UserError(f"--resume: {args.out} has the vectors of an SVD, which has no steps to go "
+                        "on with and leaves no ckpt.pt; begin anew without it")
     descent = {"loss", "negative", "shared_negatives", "lr", "epochs"}
     idle = args.given & (descent if args.model in BY_SVD else {"p"})
     if idle and not args.resume:
@@ -618,24 +645,21 @@ def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Fac
     return left if args.model == "ppmi" else left / d[:, None].float(), s, right
 
 
-def build(args: argparse.Namespace, V: int, device: torch.device) -> tuple[Word2Vec, dict]:
-    """The net of V words that the flags describe, and the parts that a checkpoint keeps."""
+def build(args: argparse.Namespace, V: int, device: torch.device) -> dict[str, Word2Vec]:
+    """The net of V words that the flags describe, as the part that a checkpoint keeps."""
     torch.manual_seed(args.seed)
     net = Word2Vec(V, args.dim, args.model, args.loss).to(device)
     if args.compile:
         net.compile()
-    opt = torch.optim.Adam(net.parameters(), lr=args.lr, fused=True)  # departs: word2vec has SGD
-    return net, dict(model=net, opt=opt)
+    return dict(model=net)
 
 
 def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, state: dict | None,
             progress: "Progress") -> Factors:
-    """U, ones, out of a net trained by Adam until args.steps; the rate falls to zero."""
+    """U, ones, out of a net trained until args.steps; the rate falls to zero, as word2vec's."""
     device, V, L = tokens.device, len(n), args.window
-    net, parts = build(args, V, device)
-    first, opt = restore(state, parts), parts["opt"]
-    wrapped = nn.parallel.DistributedDataParallel(net) if RANKS > 1 else net
-    law = negatives_law(n, 0.75).cumsum(0)
+    parts, law = build(args, V, device), negatives_law(n, 0.75).cumsum(0)
+    first, net = restore(state, parts), parts["model"]
     batch, blocks, counts = args.batch_size // SPAN, -(-len(tokens) // SPAN), n.tolist()
 
     def save(step: int, end: bool) -> None:
@@ -643,20 +667,29 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, s
 
     for step in training(args, first, save):
         g = generator(device, args.seed, step)
-        draw = torch.rand(args.shared_negatives, generator=g, device=device).double()
-        negatives = torch.searchsorted(law, draw).clamp(max=V - 1)  # law may end below 1
         reach = torch.randint(1, L + 1, (batch, SPAN), generator=g, device=device)
         reach = None if args.model == "skipgram" else mine(reach)
+        draw = torch.rand(batch, args.shared_negatives, generator=g, device=device).double()
+        negatives = torch.searchsorted(law, mine(draw)).clamp(max=V - 1)  # law may end below 1
+        if args.loss == "softmax":
+            negatives = torch.arange(V, device=device)[None]
         starts = mine(batch_rows(blocks, step, batch, args.seed, device)) * SPAN
-        lr = opt.param_groups[0]["lr"] = args.lr * (1 - step / args.steps)
-        with autocast(args):
-            value, mass = wrapped(*windows(tokens, docs, starts, L, reach), negatives,
-                                  args.negative)
-        (value * (RANKS / args.batch_size)).backward()
-        opt.step()
-        opt.zero_grad()
-        progress.add(step + 1, loss=value.detach() / mass.clamp(min=1e-9), lr=lr)
+        lr = args.lr * (1 - step / args.steps)
+        with torch.no_grad(), autocast(args):
+            value, mass, gradient = net(*windows(tokens, docs, starts, L, reach), negatives,
+                                        args.negative)
+            net.learn(lr, [(gathered(at), gathered(rows)) for at, rows in gradient])
+        progress.add(step + 1, loss=value / mass.clamp(min=1e-9), lr=lr)
     return net.U.detach(), net.U.new_ones(args.dim), net.out.detach()
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, one after another."""
+    if RANKS == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(RANKS)]
+    torch.distributed.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
@@ -757,8 +790,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         p=               (0.5,                0,     "an SVD's vectors are U s^p"),
         plus=            (False,              None,  "add the vectors of context words, w + c"),
         negative=        (5,                  1,     "k, negatives per pair"),
-        shared_negatives=(256,       1024,    1,     "drawn once a step, for all pairs"),
-        lr=              (1e-2,               0,     "Adam's rate at the start; it falls to zero"),
+        shared_negatives=(32,                 1,     "drawn for the pairs of 32 places"),
+        lr=              (0.2,                0,     "Adagrad's rate at the start; falls to zero"),
         epochs=          (5.0,                1e-9,  "of a descent where --steps is 0"))
     others = dict(
         save_every=      (500,       2000,    1,     "steps between checkpoints"),
@@ -1269,7 +1302,10 @@ class Progress:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse_args(argv)
-    only = args.query or args.vectors or args.new_words
+    only, out = args.query or args.vectors or args.new_words, Path(args.out)
+    left = args.resume and (out / "vectors.bin").exists()
+    if left and not any(out.parent.glob(f"{out.name}*/ckpt.pt")):
+        args = argparse.Namespace(**vars(args) | dict(resume=None))
     return run(sample_only if only else train, args, check_flags)
 
 

@@ -248,40 +248,35 @@ def cases_rope(opt: argparse.Namespace) -> Iterator[Case]:
 
 
 def cases_w2v_svd(opt: argparse.Namespace) -> Iterator[Case]:
-    """From tokens to 100 numbers a word, the standard library's text: SVD, beside gensim's 5 epochs of SGNS.
+    """From tokens to 100 numbers a word, the standard library's text, at the defaults of each: the SVD beside gensim's 5
+    epochs of SGNS; then an epoch of SGNS by the script's loop (--batch places a step) beside one of gensim's.
 
-    Then a step of the script's own SGNS. Peer gensim: sg=1, window 5, 5 negatives, --threads workers.
+    Peer gensim: sg=1, window 5, 5 negatives, subsampling at 1e-3 by itself, --threads workers.
     """
+    import tempfile
+    import types
+
     import w2v_svd as w
 
-    device = torch.device("cuda" if opt.gpu else "cpu")
-    args = w.parse_args(["--data=python", "--dim=100", "--steps=30", "--sample=0"])  # alike with --gpu
+    device, folder = torch.device("cuda" if opt.gpu else "cpu"), tempfile.TemporaryDirectory()
+    flags = ["--data=python", "--dim=100", f"--out={folder.name}/run", *["--compile"] * opt.compile, *["--fp32"] * opt.fp32]
+    flags += [f"--batch-size={opt.batch}"] * bool(opt.batch) + ["--gpu"] * opt.gpu
+    args = w.parse_args([*flags, "--steps=30"])
     words, n, tokens, docs = w.load_data(args, device, None)
-    V, L = len(words), args.window
-    arms = {"ours": lambda: w.vectors(*w.solve(args, tokens, docs, V), args.p)}
+    arms = {"ours": lambda: w.vectors(*w.solve(args, tokens, docs, len(words)), args.p)}
+    sgns = w.parse_args([*flags, "--model=skipgram", f"--steps={-(-len(tokens) // args.batch_size)}"])
+    silent = types.SimpleNamespace(add=lambda *_, **__: None)
+    epoch = {"ours": lambda: w.descend(sgns, tokens, docs, n, None, silent)}
     if opt.peer == "gensim":
         from gensim.models import Word2Vec
 
-        texts = [[words[k] for k in doc.tolist()] for doc in
-                 tokens.cpu().split(torch.bincount(docs.cpu()).tolist()) if len(doc)]
+        _, _, whole, lines = w.load_data(w.parse_args(["--data=python", "--sample=0"]), torch.device("cpu"), None)
+        texts = [[words[k] for k in doc.tolist()] for doc in whole.split(torch.bincount(lines).tolist()) if len(doc)]
         texts = [doc[k:k + 10_000] for doc in texts for k in range(0, len(doc), 10_000)]  # its limit
-        arms["gensim"] = lambda: Word2Vec(texts, vector_size=100, sg=1, min_count=5, seed=0,
-                                          workers=torch.get_num_threads())
-    yield "tokens to vectors", len(tokens), arms
-    net = w.Word2Vec(V, 100).to(device)
-    adam = torch.optim.Adam(net.parameters(), fused=True)
-    batch = opt.batch or (8192 if opt.gpu else 1024)
-    starts = torch.randint(0, len(tokens) - w.SPAN, (batch // w.SPAN,), device=device)
-    negatives = torch.randint(0, V, (256,), device=device)
-    run = torch.compile(net) if opt.compile else net
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32):
-            value, _ = run(*w.windows(tokens, docs, starts, L, None), negatives, 5)
-        (value / batch).backward()
-        adam.step()
-        adam.zero_grad()
-    yield "a step of SGNS", batch, {"ours": step}
+        peer = functools.partial(Word2Vec, texts, vector_size=100, sg=1, min_count=5, seed=0, workers=torch.get_num_threads())
+        arms["gensim"], epoch["gensim"] = peer, functools.partial(peer, epochs=1)
+    yield "tokens to vectors, SVD; gensim: 5 epochs", int(n.sum()), arms
+    yield "tokens to vectors, SGNS, one epoch", int(n.sum()), epoch
 
 
 def cases_transformer_vq(opt: argparse.Namespace) -> Iterator[Case]:

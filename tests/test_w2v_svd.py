@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import w2v_arms  # noqa: E402
 import w2v_map  # noqa: E402
 import w2v_objective  # noqa: E402
+import w2v_order  # noqa: E402
 
 SEEDS = st.integers(0, 2**31)
 f64 = torch.float64
@@ -105,7 +106,7 @@ def test_4233_the_net_is_its_matrices(model):
     reach = torch.randint(1, 4, (2, w.SPAN))
     bags = model != "skipgram"
     c, near, weight = w.windows(tokens, docs, starts, 3, reach if bags else None)
-    value, mass = net(c, near, weight.double(), torch.tensor([0]), 1)
+    value, mass, _ = net(c, near, weight.double(), torch.arange(7)[None], 1)
     U, out, want, pairs = net.U, net.out, 0.0, 0.0
     for t in range(40):
         L = int(reach.flatten()[t]) if bags else 3
@@ -121,6 +122,45 @@ def test_4233_the_net_is_its_matrices(model):
             want, pairs = want - x * log_p[tokens[s]], pairs + x
     assert value.item() == pytest.approx(want.item(), rel=1e-6)
     assert mass.item() == pytest.approx(pairs, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["negative", "softmax"])
+@pytest.mark.parametrize("model", ["skipgram", "cbow", "autoencoder"])
+def test_the_gradient_by_hand_is_autograds(model, loss):
+    """Of the value, in float64: the rows of words that come twice add up; two groups of negatives, or all words."""
+    tokens, docs = text(4, 9, 120, 3)
+    net = w.Word2Vec(9, 4, model, loss).double()
+    net.U.data, net.out.data = draws(9, 4), draws(9, 4, seed=1)
+    reach = torch.randint(1, 4, (4, w.SPAN)) if model != "skipgram" else None
+    c, near, weight = w.windows(tokens, docs, torch.arange(4) * 32, 3, reach)
+    negatives = torch.arange(9)[None] if loss == "softmax" else torch.tensor([[0, 3, 3], [8, 1, 0]])
+    value, _, gradient = net(c, near, weight.double(), negatives, 5)
+    want = torch.autograd.grad(value, [net.U, net.out])
+    got = [torch.zeros(9, 4, dtype=f64) for _ in range(2)]
+    for table, (at, rows) in zip((0, 1, 1), gradient):
+        got[table].index_put_((at.flatten(),), rows.detach().flatten(0, 1), accumulate=True)
+    torch.testing.assert_close(tuple(got), want)
+    assert all(table.abs().min() > 0 for table in want)
+
+
+@given(st.integers(2, 6), st.integers(1, 9), SEEDS)
+def test_a_step_is_adagrads_with_one_sum_a_row(V, count, seed):
+    """Word after word, float64: a sum of squares per row, its rate lr / sqrt(sum); rows without a word stay."""
+    net, g = w.Word2Vec(V, 3).double(), torch.Generator().manual_seed(seed)
+    net.U.data, net.out.data, net.U_sum[0] = draws(V, 3), draws(V, 3, seed=1), 4.0
+    tables = dict(U=net.U.detach().clone(), out=net.out.detach().clone())
+    sums = dict(U=net.U_sum.clone(), out=net.out_sum.clone())
+    parts = [(torch.randint(V, (1, count), generator=g), draws(1, count, 3, seed=seed + i)) for i in range(3)]
+    for name, (at, rows) in zip(("U", "out", "out"), parts):
+        for word in set(at[0].tolist()):
+            row = rows[0, at[0] == word].sum(0)
+            sums[name][word] += (row @ row) / 3
+            tables[name][word] -= 0.1 * row / sums[name][word].sqrt()
+    with torch.no_grad():
+        net.learn(0.1, parts)
+    for name in tables:
+        torch.testing.assert_close(getattr(net, name).detach(), tables[name], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(getattr(net, f"{name}_sum"), sums[name])
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), SEEDS)
@@ -189,6 +229,24 @@ def test_pairs_are_counted_in_pieces_of_bounded_size(monkeypatch):
         sizes.clear()
         i, j, n = w.count(tokens, tokens, 1, L, 2000)
         assert len(sizes) == {1: 1, 10: 10}[L] and max(sizes) <= 2000 + 2 * L
+
+
+@pytest.mark.parametrize("by", ["side", "place"])
+def test_counts_by_place_are_the_brute_force(by):
+    V, L = 5, 3
+    tokens, docs = text(2, V, 60, 3)
+    where = 2 * L if by == "place" else 2
+    want = torch.zeros(V, V * where, dtype=f64)
+    for t in range(60):
+        for s in range(60):
+            if 0 < (d := abs(t - s)) <= L and docs[s] == docs[t]:
+                at = (2 * (d - 1) if by == "place" else 0) + (s < t)
+                want[tokens[t], tokens[s] * where + at] += L - d + 1
+    i, j, n = w2v_order.count_by_place(tokens, docs, V, L, by)
+    got = w2v_order.sparse(i.flip(0), j.flip(0), n.flip(0), (V, V * where)).to_dense()
+    assert torch.equal(got.double(), want)
+    together = want.view(V, V, where).sum(2)
+    assert torch.equal(together, brute(tokens.tolist(), docs.tolist(), V, L).double())
 
 
 def test_counts_do_not_stop_at_half_precision():
@@ -361,7 +419,7 @@ def test_T5_the_net_trained_on_a_text_reaches_shifted_pmi():
     starts = torch.arange(0, 300, w.SPAN)
     inputs = [x.double() if x.is_floating_point() else x
               for x in w.windows(tokens, docs, starts, L, None)]
-    negatives = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3])  # P = 3/8, 2/8, 1/8, 2/8 exactly
+    negatives = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 3]])  # P = 3/8, 2/8, 1/8, 2/8 exactly
     minimise(net.parameters(), lambda: net(*inputs, negatives, k)[0], 3)
     P = torch.tensor([3, 2, 1, 2], dtype=f64) / 8
     want = w.sgns_optimum(N, N.sum(1, keepdim=True), P, k)
@@ -972,36 +1030,47 @@ def test_the_closed_form_again_from_the_text(changed):
 
 
 SGD = dict(model="skipgram", loss="negative", batch_size=64, shared_negatives=8, window=2, dim=4, negative=5,
-           lr=1e-2, sample=0.0, steps=5, seed=1, plus=False, min_count=1, vocabulary=99)
+           lr=0.1, sample=0.0, steps=5, seed=1, plus=False, min_count=1, vocabulary=99)
 
 
-def naive_loss(o, U, out, lines, blocks, negatives, reach):
-    """The summed loss of the centres in `blocks` of 32 places, word by word, in float64."""
+def naive_rows(o, U, out, lines, blocks, negatives, reach):
+    """The summed loss of the centres in `blocks` of 32 places, word by word, in float64, and its gradient: a row for
+    each place that is looked at from a block, for each negative of a block (with the softmax, for each word).
+    """
     flat = [(word, line, at) for line in lines for at, word in enumerate(line)]
-    value, bags = 0.0, o["model"] != "skipgram"
-    for row, block in enumerate(blocks):
+    first = [t - at for t, (_, _, at) in enumerate(flat)]  # where the line of a place begins
+    value, bags, seen = 0.0, o["model"] != "skipgram", {}
+
+    def row(kind, table, word, *key):
+        return seen.setdefault((kind, word, *key), table[word].clone().requires_grad_())
+    for b, block in enumerate(blocks):
         for place, (word, line, at) in enumerate(flat[32 * block:32 * block + 32]):
-            L = int(reach[row, place]) if bags else o["window"]
-            around = [(line[b], 1.0 if bags else (L - abs(b - at) + 1) / L)
-                      for b in range(len(line)) if 0 < abs(b - at) <= L]
+            L, start = int(reach[b, place]) if bags else o["window"], first[32 * block + place]
+            around = [(line[c], start + c, 1.0 if bags else (L - abs(c - at) + 1) / L)
+                      for c in range(len(line)) if 0 < abs(c - at) <= L]
             if not around:
                 continue
-            h = sum(U[x] for x, _ in around) if bags else U[word]
-            for target, weight in [(word, 1.0)] if o["model"] == "cbow" else around:
+            own = (word, start + at, 1.0)
+            h = sum(row("U", U, x, b, t) for x, t, _ in (around if bags else [own]))
+            drawn = list(enumerate(negatives[b]))
+            for target, t, weight in [own] if o["model"] == "cbow" else around:
+                score = row("aim", out, target, b, t) @ h
                 if o["loss"] == "softmax":
-                    value = value - weight * (out @ h).log_softmax(0)[target]
+                    every = torch.stack([row("negative", out, x) for x in range(len(out))])
+                    value = value - weight * (score - (every @ h).logsumexp(0))
                 else:
-                    drawn = sum(F.logsigmoid(-out[x] @ h) for x in negatives) * o["negative"] / len(negatives)
-                    value = value - weight * (F.logsigmoid(out[target] @ h) + drawn)
-    return value
+                    others = sum(F.logsigmoid(-row("negative", out, x, b, j) @ h) for j, x in drawn)
+                    value = value - weight * (F.logsigmoid(score) + others * o["negative"] / len(drawn))
+    grads = torch.autograd.grad(value, list(seen.values()))
+    return value.item(), [(kind, word, grad) for (kind, word, *_), grad in zip(seen, grads)]
 
 
 @pytest.mark.parametrize("changed", [
     {}, dict(model="cbow"), dict(model="autoencoder"), dict(loss="softmax"), dict(sample=0.05),
     dict(model="cbow", sample=0.02), dict(window=3, negative=2, shared_negatives=5),
-    dict(lr=0.1, batch_size=96, dim=3), dict(plus=True), dict(seed=2), dict(vocabulary=6)], ids=str)
+    dict(lr=0.3, batch_size=96, dim=3), dict(plus=True), dict(seed=2), dict(vocabulary=6)], ids=str)
 def test_descent_again_naively(changed):
-    """Five steps: the same weights by plain loops over the text, Adam by its formulas, a rate that falls to zero."""
+    """Five steps: the same weights by plain loops over the text, Adagrad's rule row by row, a rate that falls to zero."""
     write_text()
     o = SGD | changed
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in o.items() if name != "plus"]
@@ -1010,32 +1079,29 @@ def test_descent_again_naively(changed):
     V, law = len(words), np.cumsum(np.bincount(sum(lines, [])) ** 0.75)
     lines = subsampled(lines, V, o["sample"], o["seed"])
     torch.manual_seed(o["seed"])
-    tables = [((torch.rand(V, o["dim"]) - 0.5) / o["dim"]).double(), torch.zeros(V, o["dim"], dtype=f64)]
-    m, v = ([torch.zeros_like(x) for x in tables] for _ in range(2))
-    blocks, a_step, order, losses = math.ceil(sum(map(len, lines)) / 32), o["batch_size"] // 32, [], []
+    U, out = ((torch.rand(V, o["dim"]) - 0.5) / o["dim"]).double(), torch.zeros(V, o["dim"], dtype=f64)
+    sums = {"U": np.zeros(V), "out": np.zeros(V)}
+    blocks, a_step, order = math.ceil(sum(map(len, lines)) / 32), o["batch_size"] // 32, []
     for epoch in range(9):
         order += torch.randperm(blocks, generator=w.generator("cpu", o["seed"], epoch, 9)).tolist()
     for step in range(o["steps"]):
         g = w.generator("cpu", o["seed"], step)
-        draw = torch.rand(o["shared_negatives"], generator=g).double().numpy()
-        negatives = [next(x for x in range(V) if d * law[-1] <= law[x]) for d in draw]
         reach = torch.randint(1, o["window"] + 1, (a_step, 32), generator=g)
+        draw = torch.rand(a_step, o["shared_negatives"], generator=g).double().numpy()
+        negatives = [[next(x for x in range(V) if d * law[-1] <= law[x]) for d in row] for row in draw]
         here = order[step * a_step:(step + 1) * a_step]
-        for x in tables:
-            x.requires_grad_()
-        value = naive_loss(o, *tables, lines, here, negatives, reach)
-        grads = torch.autograd.grad(value / o["batch_size"], tables)
-        lr = o["lr"] * (1 - step / o["steps"])
-        for i, grad in enumerate(grads):
-            m[i] = 0.9 * m[i] + 0.1 * grad
-            v[i] = 0.999 * v[i] + 0.001 * grad**2
-            hat = m[i] / (1 - 0.9 ** (step + 1)), v[i] / (1 - 0.999 ** (step + 1))
-            tables[i] = tables[i].detach() - lr * hat[0] / (hat[1].sqrt() + 1e-8)
-        losses.append(value.item())
+        _, rows = naive_rows(o, U, out, lines, here, negatives, reach)
+        for kind, W in (("U", U), ("aim", out), ("negative", out)):
+            part, total = [(word, row) for k, word, row in rows if k == kind], sums["U" if kind == "U" else "out"]
+            for word in {word for word, _ in part}:
+                row = sum(row for other, row in part if other == word)
+                total[word] += row.square().mean().item()
+                W[word] -= o["lr"] * (1 - step / o["steps"]) * row / math.sqrt(total[word] + 1e-10)
     state = torch.load("out/w2v_svd/ckpt.pt", weights_only=True)
     assert state["step"] == o["steps"]
-    for name, table in zip(("U", "out"), tables):
+    for name, table in (("U", U), ("out", out)):
         torch.testing.assert_close(state["model"][name].double(), table, rtol=2e-3, atol=2e-5)
+        np.testing.assert_allclose(state["model"][f"{name}_sum"], sums[name], rtol=1e-4)
     got, W = read_bin("out/w2v_svd/vectors.bin")
     want = state["model"]["U"] + (state["model"]["out"] if o["plus"] else 0)
     assert got == words and np.array_equal(W, want.double().numpy())
@@ -1169,7 +1235,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_or_another_round_othe
 def test_descent_reaches_what_T4_and_T5_say(loss):
     """Skip-Gram on a text comes within 10 % of the least there is at full rank, and not below."""
     write_text()
-    flags = ["--steps=300", "--lr=0.05", "--batch-size=512", "--dim=8", "--shared-negatives=512", "--window=2"]
+    flags = ["--steps=300", "--lr=0.5", "--batch-size=512", "--dim=8", "--shared-negatives=64", "--window=2"]
     assert w.main([*BASE, "--model=skipgram", f"--loss={loss}", *flags]) == 0
     last = float(Path("out/w2v_svd/log.csv").read_text().splitlines()[-1].split(",")[4])  # a mean over some steps
     words, lines = read_text()
@@ -1200,11 +1266,11 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
     """A changed default moves every number on the page: change it here, and measure again."""
     args = vars(w.parse_args([]))
     assert {name: args[name] for name in args["config"]} == SGD | PPMI | dict(sample=1e-3,
-        data="python", steps=0, batch_size=1024, shared_negatives=256, seed=0, model="ppmi", dim=100, min_count=5,
-        vocabulary=100_000, epochs=5.0, window=5)
+        data="python", steps=0, batch_size=1024, shared_negatives=32, seed=0, model="ppmi", dim=100, min_count=5,
+        vocabulary=100_000, epochs=5.0, window=5, lr=0.2)
     on_gpu = vars(w.parse_args(["--gpu"]))
     assert {name: on_gpu[name] for name in args["config"] if on_gpu[name] != args[name]} == dict(
-        data="text8", batch_size=8192, dim=300, shared_negatives=1024)
+        data="text8", batch_size=8192, dim=300)
     assert args["rank"] == 10 and args["save_every"] == 500 and on_gpu["save_every"] == 2000
 
 
@@ -1273,6 +1339,18 @@ def test_resume_refuses_another_text_and_goes_on_with_one_that_moved(capsys):
     assert "--data t.txt: is not the text" in capsys.readouterr().err
 
 
+def test_resume_says_why_there_is_nothing_to_resume_after_an_svd(capsys):
+    """Not where a run of steps left its checkpoint beside it."""
+    write_text()
+    assert w.main(BASE) == 0 and capsys.readouterr()
+    for flags in (["--resume"], ["--resume", "--out=out/w2v_svd"], ["--resume", "--steps=40"]):
+        assert w.main(flags) == 2
+        err = capsys.readouterr().err
+        assert "out/w2v_svd has the vectors of an SVD, which has no steps" in err and err.count("\n") == 1
+    assert w.main([*BASE, "--model=skipgram", "--steps=2"]) == 0
+    assert w.main(["--resume", "--steps=3"]) == 0 and w.main(["--query", "a"]) == 0
+
+
 def test_batches_are_whole_blocks_on_every_rank(monkeypatch):
     """Of models that descend; the closed ones have none."""
     monkeypatch.setattr(w, "RANKS", 2)
@@ -1302,7 +1380,7 @@ def test_new_words_from_a_list(mark, capsys):
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("w2v_arms", ["--eval", "s.txt"]), ("w2v_objective", []),
+    ("w2v_arms", ["--eval", "s.txt"]), ("w2v_objective", []), ("w2v_order", ["--eval", "s.txt"]),
     ("w2v_defaults", ["--choose", "s.txt", "--report", "t.tsv", "--windows", "2"])])
 def test_experiments_run(name, flags, capsys):
     write_text()
@@ -1318,6 +1396,7 @@ def test_experiments_run(name, flags, capsys):
 
 
 @pytest.mark.parametrize("command", ["w2v_arms --data nowhere --eval s.txt", "w2v_objective --data nowhere", "w2v_map --vectors nowhere",
+                                     "w2v_order --data nowhere --eval s.txt",
                                      "w2v_defaults --data nowhere --choose s.txt --report t.tsv"])
 def test_experiments_say_what_is_wrong_in_a_line(command, monkeypatch):
     name, *flags = command.split()
