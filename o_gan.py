@@ -74,8 +74,7 @@ def avg(h: Tensor) -> Tensor:
 
 def std(h: Tensor) -> Tensor:
     """6409 (2), (B,): over n_z, not n_z - 1; from 1e-4 up, so that a constant code does no harm."""
-    var = (h - avg(h)[:, None]).square().mean(1)  # 6409 (2)
-    return var.clamp(min=1e-8).sqrt()
+    return h.var(1, correction=0).clamp(min=1e-8).sqrt()  # 6409 (2)
 
 
 def normalize(h: Tensor) -> Tensor:
@@ -312,13 +311,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           128,          8, "pixels, if the data have any size"),
-        steps=      (12_000,    20_000,       470_000,      1, "in all, resumed ones included"),
+        steps=      (10_000,    20_000,       470_000,      1, "in all, resumed ones included"),
         batch_size= (16,        64,                         1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         n_z=        (8,         8,            128,          3, "numbers in a code"),
         lambda_1=   (0.25,                                  0, "of R, with the mean over pixels"),
         lambda_2=   (0.5,                                   0, "of rho; 0 is the GAN alone"),
-        width=      (16,        64,                         1, "channels of the first level, twice "
+        width=      (24,        64,                         1, "channels of the first level, twice "
                      "as many at each further one"),
         kernel=     (4,         4,            5,            4, "side of the convolutions: 4 or 5"),
         optimizer=  ("adam",    "adam",       "rmsprop",    ("adam", "rmsprop"), "of both players"),

@@ -12,12 +12,13 @@
 
 A line of JSON for each thing timed: the median of seconds over --repeats, the smallest and the largest,
 items per second, peak memory, and with a peer the ratio of the medians (above 1: this project is faster).
-The arms take turns, so that what else the machine does meets all alike. Peers are never installed here.
+The arms take turns in random order, so that what else the machine does meets all alike. Peers are never installed here.
 """
 
 import argparse
 import functools
 import json
+import random
 import resource
 import statistics
 import sys
@@ -514,7 +515,8 @@ def measure(opt: argparse.Namespace, what: str, items: int, arms: dict[str, Call
         once(call)
         once(call)
     for _ in range(opt.repeats):
-        for who, call in arms.items():
+        for who in random.sample([*arms], len(arms)):  # in any order: the one before leaves the caches warm or cold
+            call = arms[who]
             if opt.gpu:
                 torch.cuda.reset_peak_memory_stats()
             seconds[who].append(once(call))
