@@ -13,10 +13,10 @@ Map     9844 (1)   softmax(Q K^T) V                               vq_attention_q
         9844 (4)   exp(Q K_hat^T) V = exp(Q C^T) (Delta^T V)              vq_attention_encoder
         9844 (5)   O_i = exp(Q_i C^T) sum_{j<=i} Delta_j^T V_j            vq_attention_cumsum
         9844 (6)   O_i = exp(Q_i C^T) U_i, U_i = U_{i-1} + Delta_i^T V_i  vq_step, accumulate
-        9844 (7)   exp(Q_[i] K_hat_[i]^T + M) V_[i] + older blocks by C   vq_attention
-        9844 (8)   (7) with U_{i-1} for the sum                           vq_attention
+        9844 (7)   exp(Q_[i] K_hat_[i]^T + M) V_[i] + older blocks by C   Blocks
+        9844 (8)   (7) with U_{i-1} for the sum                           Blocks
         9844 (9)   blocks i, i - 1 by their keys with B, the rest by C    band
-        9844 (10)  (9) with U_{i-2}; U_i = U_{i-1} + Delta_[i]^T V_[i] block_attention, vq_attention
+        9844 (10)  (9) with U_{i-2}; U_i = U_{i-1} + Delta_[i]^T V_[i]  block_attention, Blocks
         9844       K-means on the keys of a model gives its first C       kmeans
 Symbols c codes, C (c, d_k) their vectors, M + 1 numbers of B for the distances 0, ..., M: M is the
         window, which the post sets to the block length l. The post's M in (7), a mask, is in B.
@@ -114,9 +114,9 @@ def no_sums(v: Tensor, codes: int) -> tuple[Tensor, Tensor]:
 
 
 def accumulate(U: Tensor, count: Tensor, ids: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """9844 (6), (10): U + Delta^T V (B, c, d_v), and the count, by ids (B, L), v (B, L, d_v)."""
-    U = U.scatter_add(1, ids[..., None].expand_as(v), v.to(U.dtype))  # Delta itself is never made
-    return U, count.scatter_add(1, ids, torch.ones_like(ids, dtype=count.dtype))
+    """9844 (6), (10): U (B, c, d_v) += Delta^T V, and the count, by ids (B, L), v (B, L, d_v)."""
+    U.scatter_add_(1, ids[..., None].expand_as(v), v.to(U.dtype))  # Delta itself is never made
+    return U, count.scatter_add_(1, ids, torch.ones_like(ids, dtype=count.dtype))
 
 
 class Memory(NamedTuple):
@@ -178,21 +178,85 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
     """
     # The post defines U_i with sum_{j<i} before (8), but (8) and (10) need j <= i, as their
     # recursion has it. Of (10) it stops the gradient of U_{i-2}, there called U_{i-1}.
-    *window, U, count = state or first_state(k_hat, ids, v, codebook)
-    M, out = bias.shape[-1] - 1, []
-    B = band(bias, block, M) if bias.ndim == 1 else None  # alike for all blocks
-    blocks = zip(*(part.split(block, 1) for part in (q, k_hat, ids, v)))
-    for i, (q_i, *new) in zip(range(0, q.shape[1], block), blocks):
-        k, z, x = (torch.cat(pair, 1) for pair in zip(window, new))  # of window and block
-        rows, past = q_i.shape[1], window[1].shape[1]
-        B_i = B[:rows, M - past:M + rows] if bias.ndim == 1 else \
-            band(bias[:, i:i + block], rows, past)
-        out.append(block_attention(q_i, k, x, B_i, codebook, U, count))  # 9844 (7), (10)
-        old = max(0, past + rows - M)  # so many tokens leave the window
-        gone = x[:, :old] if through else x[:, :old].detach()
-        U, count = accumulate(U, count, z[:, :old], gone)  # 9844 (8), (10)
-        window = [part[:, old:] for part in (k, z, x)]
-    return torch.cat(out, 1), Memory(*window, U, count)
+    if through:
+        return vq_attention_cumsum(q, k_hat, ids, v, codebook, bias, block, state, True)
+    state = state or first_state(k_hat, ids, v, codebook)
+    k, z, x = (torch.cat([old, new], 1) if old.shape[1] else new  # (B, w + n, ...)
+               for old, new in zip(state, (k_hat, ids, v)))
+    if bias.ndim == 3:
+        bias = F.pad(bias, (0, 0, 0, -q.shape[1] % block)).unflatten(1, (-1, block))
+    M = bias.shape[-1] - 1
+    B = band(bias, block, M)
+    B = B if bias.ndim == 4 else B[None, None]  # alike for all blocks
+    out, U, count = Blocks.apply(q, k, z, x, B, codebook, *state[3:])
+    return out, Memory(*(part[:, max(0, k.shape[1] - M):] for part in (k, z, x)), U, count)
+
+
+class Blocks(torch.autograd.Function):
+    """9844 (10), `block_attention` of all blocks in turn, faster: each where the one before was in
+    memory, and the gradient by hand, for which a block's weights are made again, not kept."""
+
+    @staticmethod
+    def each(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, B: Tensor, codebook: Tensor,
+             U: Tensor, count: Tensor) -> Iterator[tuple]:
+        """For each block: its place in q; with its window, in k_hat; its part of B (1 or B, 1 or
+        m, L, M+L); exp(q C_s) (B, L, c) and exp(q k_hat + B) (B, L, w+L), over their denominator.
+        Then U and count take in, in place, what leaves the window. All have U's dtype."""
+        past, L, C = k_hat.shape[1] - q.shape[1], B.shape[-2], codebook.T.expand(len(q), -1, -1)
+        M = B.shape[-1] - L
+        room = q.new_empty(len(q), L, len(codebook) + M + L)  # stays in the processor's cache
+        for i, q_i in enumerate(q.split(L, 1)):
+            start = past + i * L
+            first, end = max(0, start - M), start + q_i.shape[1]
+            c = len(codebook) if first or past >= M else 0  # until then U is 0
+            part = (slice(None), min(i, B.shape[1] - 1), slice(end - start),
+                    slice(M - start + first, M - start + end))
+            scores = room[:, :end - start, :c + end - first]
+            far, near = scores[..., :c], scores[..., c:]
+            torch.baddbmm(count[:, None, :c].log(), q_i, C[..., :c], out=far)
+            torch.baddbmm(B[part], q_i, k_hat[:, first:end].mT, out=near)
+            torch.softmax(scores, -1, out=scores)
+            far /= count[:, None, :c].clamp(min=1)  # the weight of one token of a code
+            yield slice(start - past, end - past), slice(first, end), part, far, near
+            old = slice(first, max(first, end - M))
+            accumulate(U, count, ids[:, old], v[:, old])  # 9844 (8), (10)
+
+    @staticmethod
+    def forward(ctx, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """O (B, n, d_v), and the U and count after it, from what `each` takes."""
+        q, k_hat, ids, v, B, C, U, count = inputs
+        U, count, out = U.clone(), count.clone(), v.new_empty(*q.shape[:2], v.shape[-1])
+        q, k_hat, B, C = (part.to(U.dtype) for part in (q, k_hat, B, C))
+        for here, window, _, far, near in Blocks.each(q, k_hat, ids, v, B, C, U, count):
+            far, near, sums = (x.to(v.dtype) for x in (far, near, U[:, :far.shape[-1]]))
+            torch.bmm(far, sums, out=out[:, here]).baddbmm_(near, v[:, window])  # 9844 (7), (10)
+        ctx.save_for_backward(*inputs, out)
+        ctx.mark_non_differentiable(U, count)
+        return out, U, count
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_) -> tuple:
+        """Of q, k_hat, v and B. A weight p and its score s: ds = p (dp - sum of p dp), and the sum
+        is dO O, as O is the sum of p v."""
+        q, k_hat, ids, v, B, C, U, count, out = ctx.saved_tensors
+        q, k_hat, v, B, C, out, g = (x.to(U.dtype) for x in (q, k_hat, v, B, C, out, grad))
+        dq, dk, dv, dB = (torch.zeros_like(part) for part in (q, k_hat, v, B))
+        U, count, mean = U.clone(), count.clone(), (g * out).sum(-1, keepdim=True)
+        room = q.new_empty(len(q), B.shape[-2] * max(len(C), B.shape[-1]))
+        for here, window, part, far, near in Blocks.each(q, k_hat, ids, v, B, C, U, count):
+            q_i, g_i, mean_i, dq_i = (x[:, here] for x in (q, g, mean, dq))
+            c = far.shape[-1]
+            ds = room[:, :far[0].numel()].view(far.shape)
+            torch.bmm(mean_i, count[:, None, :c], out=ds)
+            ds.baddbmm_(g_i, U[:, :c].mT, beta=-1).mul_(far)
+            torch.bmm(ds, C[:c].expand(len(q), -1, -1), out=dq_i)
+            ds = room[:, :near[0].numel()].view(near.shape)
+            torch.baddbmm(mean_i, g_i, v[:, window].mT, beta=-1, out=ds).mul_(near)
+            dq_i.baddbmm_(ds, k_hat[:, window])
+            dk[:, window].baddbmm_(ds.mT, q_i)
+            dv[:, window].baddbmm_(near.mT, g_i)
+            dB[part].add_(ds.sum_to_size(dB[part].shape))
+        return dq, dk, None, dv, dB, None, None, None
 
 
 def vq_attention_cumsum(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor,

@@ -398,6 +398,50 @@ def test_gradients_are_the_posts(form, through, sizes, seed, each):
         torch.autograd.grad(k_hat.sum(), case.C)
 
 
+@given(SIZES, SEEDS, st.integers(0, 12), st.booleans())
+@example((8, 3, 4, 4, 2, 2), 1, 4, False)  # a full window before which there was nothing
+@settings(max_examples=40)
+def test_the_gradient_by_hand_is_autograds_of_the_clear_form(sizes, seed, before, each):
+    """`Blocks` beside a loop over `block_attention`: output, state and gradients, from a carried state too."""
+    case = Case((sizes[0] + before, *sizes[1:]), seed, each=each)
+    state = tvq.first_state(case.k_hat, case.ids, case.v, case.C)
+    if before:
+        _, state = tvq.vq_attention(*case.at(0, before), 3)
+    q, k_hat, ids, v, C, bias = (x.detach().clone() for x in case.at(before, None))
+    given_state = [x.clone() for x in state]
+    leaves = [x.requires_grad_() for x in (q, k_hat, v, bias, *(state[i] for i in (0, 2) if state.ids.numel()))]
+    k, z, x = (torch.cat(pair, 1) for pair in zip(state, (k_hat, ids, v)))
+    U, count, past, out = state.U, state.count, state.ids.shape[1], []
+    for i in range(0, sizes[0], case.L):
+        end = past + min(i + case.L, sizes[0])
+        a, b = max(0, past + i - case.M), max(0, end - case.M)
+        B = tvq.band(bias[:, i:i + case.L] if each else bias, end - past - i, past + i - a)
+        out.append(tvq.block_attention(q[:, i:i + case.L], k[:, a:end], x[:, a:end], B, C, U, count))
+        Delta = nn.functional.one_hot(z[:, a:b], case.c).double()
+        U, count = U + Delta.mT @ x[:, a:b].detach(), count + Delta.sum(1)
+    o, last = tvq.vq_attention(q, k_hat, ids, v, C, bias, case.L, state)
+    assert far(o, torch.cat(out, 1)) < 1e-12
+    same_state(last, tvq.Memory(*(y[:, max(0, k.shape[1] - case.M):] for y in (k, z, x)), U, count))
+    got, want = gradients(o, case, *leaves), gradients(torch.cat(out, 1), case, *leaves)
+    assert all(far(a, b) < 1e-11 for a, b in zip(got, want))
+    assert all(torch.equal(a, b) for a, b in zip(state, given_state))  # what was given stays
+
+
+def test_bfloat16_values_have_the_gradients_of_float32():
+    case = Case((40, 5, 6, 8, 8, 8), 3)
+    def run(dtype, autocast):
+        q, k_hat, ids, v, C, bias = (x if x.dtype == torch.int64 else x.float() for x in case.at(None))
+        leaves = [x.requires_grad_() for x in (q, k_hat, v.to(dtype), bias)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            o, state = tvq.vq_attention(leaves[0], leaves[1], ids, leaves[2], C, leaves[3], 8)
+            assert o.dtype == dtype and state.U.dtype == torch.float32
+            return gradients(o.double(), case, *leaves)
+    want = run(torch.float32, False)
+    for got in run(torch.bfloat16, False), run(torch.bfloat16, True):
+        assert [g.dtype for g in got] == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+        assert all(far(a, b) < 0.03 * float(b.abs().max()) for a, b in zip(got, want))
+
+
 def test_near_keys_have_the_quadratic_gradient_at_k_hat_and_far_ones_none():
     case = Case((24, 4, 4, 4, 3, 2), 8)
     k = case.k.clone().requires_grad_()
