@@ -595,6 +595,17 @@ def test_autocast_is_for_the_gpu_only_and_not_with_fp32():
         assert ddpm.autocast(argparse.Namespace(gpu=True, fp32=False)) == (("cuda", torch.bfloat16), {"enabled": True})
 
 
+def test_denormal_numbers_are_zero_on_every_thread(python):
+    """They made a long run of nvae three times as slow; the threads that work take that over from the first."""
+    Path("d.py").write_text(
+        f"import argparse, sys, torch\nsys.path.insert(0, {str(Path(ddpm.__file__).parent)!r})\nimport ddpm\n"
+        "if sys.argv[1] == 'set':\n    ddpm.setup(argparse.Namespace(batch_size=1, gpu=False))\n"
+        "torch.set_num_threads(2)\nx = torch.full((2**20,), 1e-30, requires_grad=True)\n"
+        "y = x * 1e-10\n(y * 1e-30).sum().backward()\nprint(int(y.count_nonzero()), int(x.grad.count_nonzero()))\n")
+    assert python("d.py", "set") == (0, "0 0\n", "")
+    assert python("d.py", "not") == (0, "1048576 1048576\n", "")
+
+
 @pytest.mark.parametrize("fp32", [False, True])
 def test_fp32_turns_tf32_off(monkeypatch, fp32):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
