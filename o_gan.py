@@ -25,7 +25,7 @@ Shapes  B batch, C channels, H height, W width. z ~ N(0, I) and codes h: (B, n_z
         (B, C, H, W), float32 in [-1, 1] here, uint8 in memory and on disk.
 
 Run     python o_gan.py                                  # CPU: small drawn faces
-        python o_gan.py --data mnist --n-z 16            # digits, and what a probe reads of E
+        python o_gan.py --data mnist --n-z 32            # digits, and what a probe reads of E
         python o_gan.py --gpu                            # one GPU: the faces at 64 px
         python o_gan.py --gpu --paper --data FOLDER      # the author's set-up, 128 px
         torchrun --nproc_per_node=8 o_gan.py --gpu       # the same global batch on eight
