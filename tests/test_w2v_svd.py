@@ -1381,6 +1381,7 @@ def test_new_words_from_a_list(mark, capsys):
 
 @pytest.mark.parametrize("name, flags", [
     ("w2v_arms", ["--eval", "s.txt"]), ("w2v_objective", []), ("w2v_order", ["--eval", "s.txt"]),
+    ("w2v_sgns", ["--eval", "s.txt"]), ("w2v_epochs", ["--choose", "s.txt", "--report", "t.tsv", "--most", "2"]),
     ("w2v_defaults", ["--choose", "s.txt", "--report", "t.tsv", "--windows", "2"])])
 def test_experiments_run(name, flags, capsys):
     write_text()
@@ -1395,8 +1396,15 @@ def test_experiments_run(name, flags, capsys):
         assert len(values) == 6 and values[0] == max(values)
 
 
+def test_arms_of_too_many_words_are_refused_before_the_work():
+    Path("t.txt").write_text("\n".join(f"{a}{b}{c} a" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"
+                                       for c in "abcdefghijklmnopqrstuvwxyz"))
+    with pytest.raises(w.UserError, match="17,577 words: .* --vocabulary"):
+        w2v_arms.main(["--data=t.txt", "--min-count=1", "--sample=0", "--vocabulary=99999", "--eval", "s.txt"])
+
+
 @pytest.mark.parametrize("command", ["w2v_arms --data nowhere --eval s.txt", "w2v_objective --data nowhere", "w2v_map --vectors nowhere",
-                                     "w2v_order --data nowhere --eval s.txt",
+                                     "w2v_order --data nowhere --eval s.txt", "w2v_sgns --data nowhere --eval s.txt",
                                      "w2v_defaults --data nowhere --choose s.txt --report t.tsv"])
 def test_experiments_say_what_is_wrong_in_a_line(command, monkeypatch):
     name, *flags = command.split()

@@ -84,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     args = w.parse_args(["--data", opt.data, "--vocabulary", str(opt.vocabulary), "--min-count", str(opt.min_count),
                          "--sample", str(opt.sample)])
     words, _, tokens, docs = w.load_data(args, torch.device("cpu"), None)
+    if len(words) > 15_000:
+        raise w.UserError(f"{len(words):,} words: too many for dense matrices of their pairs; --vocabulary 15000")
     k = min(opt.dim, len(words))
     for name, *factors in arms(tokens, docs, len(words), opt.window, k, opt.steps):
         W, said = w.vectors(*factors), []
