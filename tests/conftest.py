@@ -30,10 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test runs in an empty folder of its own, with a cache of its own."""
+    """Every test runs in an empty folder of its own, with a cache of its own, and with denormal numbers."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.manual_seed(0)
+    torch.set_flush_denormal(False)  # a main() before set it; hypothesis wants all numbers there are
 
 
 @pytest.fixture(scope="session")
