@@ -144,11 +144,11 @@ def band(bias: Tensor, rows: int, past: int, outside: float = 0.0) -> Tensor:
     # The text before (9) has B_{i,j} = 0 where i < j or i - j <= l; its figure and (9) mean this.
     distance = (past + torch.arange(rows, device=bias.device)[:, None]
                 - torch.arange(past + rows, device=bias.device))  # i - j
-    M = bias.shape[-1] - 1
-    near = distance.clamp(0, M)
-    B = bias[near] if bias.ndim == 1 else bias.gather(-1, near.expand(*bias.shape[:-1], -1))
-    B = B.masked_fill(distance > M, outside)  # 9844 (9)
-    return B.masked_fill(distance < 0, -math.inf)  # the M of 9844 (7)
+    later, far = distance < 0, distance > bias.shape[-1] - 1
+    near, bias = distance.masked_fill(later | far, 0), bias.expand(*bias.shape[:-2], rows, -1)
+    B = bias.gather(-1, near.expand(*bias.shape[:-1], -1))  # bias[near] adds up gradients slowly
+    B = B.masked_fill(far, outside)  # 9844 (9)
+    return B.masked_fill(later, -math.inf)  # the M of 9844 (7)
 
 
 def block_attention(q: Tensor, k_hat: Tensor, v: Tensor, B: Tensor, codebook: Tensor, U: Tensor,
@@ -612,7 +612,8 @@ def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
         for name, attention, texts in (("near and far", args.attention, recall_text),
                                        ("far only", args.attention, far_text),
                                        ("far only, gradient of (2)", "quadratic", far_text)):
-            right = recall(attention, args.recall_steps, args.seed, test.device, texts)
+            with torch.autocast(test.device.type, enabled=False):  # it would keep the first weights
+                right = recall(attention, args.recall_steps, args.seed, test.device, texts)
             metrics["recall"][name] = right
             say(f"  recall, {name:28}" + "  ".join(f"{k} {x:.3f}" for k, x in right.items()))
     return metrics
@@ -801,9 +802,10 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
                                generator=g, device=device)
         tokens = text[mine(starts) + segment * args.update_len + window].long()  # (B, n + 1)
         lr = learning_rate(step, args)
-        with autocast(args):
-            if step == 0:  # departs: codes begin by K-means, the official ones as noise
+        if step == 0:  # departs: codes begin by K-means, the official ones as noise
+            with autocast(args):
                 begin_codes(net, tokens[:, :-1], generator(device, args.seed, 3))
+        with autocast(args):  # anew: it remembers what it cast without gradients
             torch.manual_seed(generator("cpu", args.seed, step, RANK, 5).initial_seed())  # dropout
             logits, states, commits, seen = wrapped(tokens[:, :-1], states if segment else None)
             bits = loss(logits, tokens[:, 1:]).mean()

@@ -35,6 +35,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.manual_seed(0)
     torch.set_flush_denormal(False)  # a main() before set it; hypothesis wants all numbers there are
+    torch.set_float32_matmul_precision("highest")  # a main() with --gpu lowered it
 
 
 @pytest.fixture(scope="session")
