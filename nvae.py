@@ -700,7 +700,9 @@ def build(args: argparse.Namespace, channels: int, size: int, device: torch.devi
     net = NVAE(channels, size, args.width, args.scales, args.groups, args.min_groups, args.latent,
                args.cells, args.expand, args.stem, args.stem_cells, args.patch, args.factor,
                args.bits, args.mixtures, args.forget, args.flows)
-    return net.to(device, memory_format=torch.channels_last)
+    # convolutions on the CPU are fastest with channels last; depthwise ones on a GPU without
+    layout = torch.contiguous_format if args.gpu else torch.channels_last
+    return net.to(device, memory_format=layout)
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
