@@ -641,6 +641,7 @@ def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Fac
         d = n_w.clamp(min=1e-30).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
         x, xt = n / d[i], n / d[j]
     M, Mt = sparse(i, j, x, V), sparse(i, j, xt, V)
+    torch.set_float32_matmul_precision("highest")  # a basis in TF32 is not orthonormal
     left, s, right = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)
     return left if args.model == "ppmi" else left / d[:, None].float(), s, right
 
