@@ -340,7 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           128,          4, "pixels, if the data have any size"),
-        steps=      (5000,      20_000,       1_000_000,    1, "in all, resumed ones included"),
+        steps=      (5000,      1500,         1_000_000,    1, "in all, resumed ones included"),
         batch_size= (16,        64,           64,           1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         n_z=        (8,         8,            128,          1, "numbers in a code"),

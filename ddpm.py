@@ -559,7 +559,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           32,           8, "pixels, if the data have any size"),
-        steps=      (1800,      12_000,       800_000,      1, "in all, resumed ones included"),
+        steps=      (1800,      1200,         800_000,      1, "in all, resumed ones included"),
         batch_size= (32,        128,          128,          1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         T=          (250,       1000,         1000,         21, "diffusion steps, 9119 (2)"),
@@ -577,10 +577,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         dropout=    (0.0,       0.0,          0.1,          0, "inside the residual blocks"),
         flip=       (False,     False,        True,         None, "mirror half of the pictures"),
         lr=         (2e-3,      5e-4,         2e-4,         0, "Adam's learning rate"),
-        warmup=     (50,        500,          5000,         1, "steps of linear warm-up"),
+        warmup=     (50,        100,          5000,         1, "steps of linear warm-up"),
         decay=      (True,      True,         False,        None, "cosine of the rate to zero"),
         clip_grad=  (1.0,                                   0, "largest norm of the gradient"),
-        ema=        (0.99,      0.999,        0.9999,       0, "decay of the average that draws"),
+        ema=        (0.99,      0.995,        0.9999,       0, "decay of the average that draws"),
     )
     others = dict(
         paper=      (False,                                 None, "Ho et al.'s CIFAR-10, whole"),

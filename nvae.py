@@ -821,7 +821,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file; grey ones are binarised"),
         size=       (32,        64,           32,           8, "pixels, if the data have any size"),
-        steps=      (3600,      10_000,       78_125,       1, "in all, resumed ones included"),
+        steps=      (3600,      3000,         78_125,       1, "in all, resumed ones included"),
         batch_size= (8,         64,           256,          1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         bits=       (5,         5,            8,            2, "of a colour; grey has one"),
@@ -842,7 +842,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         first_floor=(-1.5,      -1.5,         -7.0,         None, "the same at the first step"),
         kl_warmup=  (0.3,                                   0, "share of the steps with less KL"),
         penalty=    (0.01,                                  0, "of spectral norms and gammas"),
-        penalty_every=(4,       1,            1,            1, "every N-th step adds it, N times"),
+        penalty_every=(4,       4,            1,            1, "every N-th step adds it, N times"),
         flip=       (False,     False,        True,         None, "mirror half of the pictures"),
         lr=         (0.02,      5e-3,         0.01,         0, "Adamax's learning rate"),
         warmup=     (0.03,      0.03,         0.0125,       0, "share of steps in which lr rises"),

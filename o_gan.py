@@ -311,7 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "mnist, cifar10, or a path: a folder of idx files or of pictures, CIFAR-10's "
                      "binary .tar.gz, or an .npy file"),
         size=       (32,        64,           128,          8, "pixels, if the data have any size"),
-        steps=      (10_000,    20_000,       470_000,      1, "in all, resumed ones included"),
+        steps=      (10_000,    3500,         470_000,      1, "in all, resumed ones included"),
         batch_size= (16,        64,                         1, "global, over all processes"),
         seed=       (0,                                     0, "of weights, noise and order"),
         n_z=        (8,         8,            128,          3, "numbers in a code"),

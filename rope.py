@@ -636,7 +636,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         # flag       CPU        --gpu      least  meaning
         data=       ("python",             None, "python (the standard library's sources), "
                      "shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz .zip"),
-        steps=      (1000,      5000,      1, "in all, resumed ones included"),
+        steps=      (1000,                 1, "in all, resumed ones included"),
         batch_size= (4,         64,        1, "global, over all processes"),
         seed=       (0,                    0, "of weights, noise and order"),
         position=   ("general", "rope",    POSITIONS, "what turns q and k: general is exp(nB), "
@@ -646,7 +646,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         layers=     (3,         8,         1, "attention and MLP each"),
         heads=      (8,                    1, "of attention; an even share of the width each"),
         lr=         (4e-3,      1e-3,      0, "Adam's learning rate at its height"),
-        warmup=     (50,        200,       1, "steps of linear warm-up"),
+        warmup=     (50,        100,       1, "steps of linear warm-up"),
         clip_grad=  (1.0,                  0, "largest norm of the gradient"),
     )
     others = dict(
