@@ -864,7 +864,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         # flag       CPU        --gpu      least  meaning
         data=       ("python",             None, "python (the standard library's sources), "
                      "shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz .zip"),
-        steps=      (2600,      10_000,    0, "in all, resumed ones included"),
+        steps=      (2600,      1800,      0, "in all, resumed ones included"),
         batch_size= (16,        128,       1, "global, over all processes"),
         seed=       (0,                    0, "of weights, noise and order"),
         bert=       ("",                   None, "a Hugging Face folder to start from, and its "
@@ -875,7 +875,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         heads=      (4,                    1, "of attention; an even share of the width each"),
         lr=         (0.0,                  0, "Adam's learning rate at its height; 0: 2e-3, with "
                      "--gpu 1e-3, with --bert 1e-4"),
-        warmup=     (50,        500,       1, "steps of linear warm-up, in tuning too"),
+        warmup=     (50,        200,       1, "steps of linear warm-up, in tuning too"),
         clip_grad=  (1.0,                  0, "largest norm of the gradient"),
     )
     others = dict(
@@ -884,7 +884,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         times=      (4,                    2, "how many times as many positions"),
         arms=       (["hierarchical", "tile", "random"], None,
                      f"what is tuned, of {' '.join(WAYS)}; the first is written as a folder"),
-        tune_steps= (400,       2000,      0, "at the new length for each arm, and the control"),
+        tune_steps= (400,                  0, "at the new length for each arm, and the control"),
         tune_lr=    (0.0,                  0, "the learning rate of these; 0: half of the other"),
         eval_tokens=(65_536,    1_048_576, 1, "of the test text that are used"),
         span=       (0,                    0, "tokens of a far mention; 0: 6 bytes, 1 word piece"),

@@ -924,7 +924,9 @@ def test_defaults():
     assert (args.alpha, args.n, args.times, args.bert) == (0.4, 64, 4, "") and args.data == "python" and not args.given
     assert hier.heights(args) == (2e-3, 1e-3) and hier.heights(hier.parse_args(["--gpu"])) == (1e-3, 5e-4)
     assert hier.heights(hier.parse_args(["--bert", "f"])) == (1e-4, 5e-5) and hier.heights(hier.parse_args(["--lr", "3", "--tune-lr", "5"])) == (3, 5)
-    assert hier.parse_args(["--gpu"]).n == 128 and hier.parse_args(["--gpu", "--n", "64"]).n == 64
+    gpu = hier.parse_args(["--gpu"])
+    assert (gpu.steps, gpu.warmup, gpu.tune_steps, gpu.batch_size, gpu.width, gpu.layers) == (1800, 200, 400, 128, 256, 6)  # what the page's GPU row is of
+    assert gpu.n == 128 and hier.parse_args(["--gpu", "--n", "64"]).n == 64
 
 
 @pytest.mark.parametrize("argv, word", [
