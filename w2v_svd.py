@@ -365,12 +365,12 @@ class Word2Vec(nn.Module):
         departs: word2vec has one rate for all rows; here a row's falls by what it has learnt, as
         Adagrad's (Duchi et al. 2011, one sum a row), so it can be higher, and a batch large.
         """
+        torch.sparse.check_sparse_tensor_invariants.disable()  # the default; unsaid, torch warns
         U, out = (self.U, self.U_sum), (self.out, self.out_sum)
         for (W, total), (at, rows) in zip((U, out, out), gradient):
             rows = rows.flatten(0, 1).to(W.dtype)  # from bfloat16
-            once = torch.sparse_coo_tensor(at.reshape(1, -1), rows, W.shape, check_invariants=False)
-            once = once.coalesce()  # each word once, with the sum of its rows
-            at, g = once.indices()[0], once.values()
+            once = torch.sparse_coo_tensor(at.reshape(1, -1), rows, W.shape).coalesce()
+            at, g = once.indices()[0], once.values()  # each word once, with the sum of its rows
             total.index_add_(0, at, g.square().mean(1))
             W.index_add_(0, at, g * (-lr * (total[at] + 1e-10).rsqrt())[:, None])
 

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     def tell(name: str, values: list[float]) -> float:
         mean = sum(values[:half]) / half
         rows.append(f"{name:32}{mean:.3f}  |  " + "  ".join(f"{x:.3f}" for x in values))
+        print(rows[-1], flush=True)  # long runs are stopped
         return mean
     tell("SVD of PPMI", scores([*flags, "--model=ppmi"], files))
     for arm in opt.arms:
