@@ -264,8 +264,8 @@ def vq_attention_cumsum(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebo
                         through: bool = False) -> tuple[Tensor, Memory]:
     """`vq_attention` with all blocks at once: the U_i by a cumulative sum, the post's way for (5).
 
-    The same output and state. It holds n / L sums (c, d_v) and takes as many kernels whatever n
-    is: meant for a GPU, while they fit.
+    The same output and state. It holds n / L sums (c, d_v), and all weights until the backward
+    pass, and takes as many kernels whatever n is.
     """
     *window, U, count = state or first_state(k_hat, ids, v, codebook)
     seen = [torch.cat(pair, 1) for pair in zip(window, (k_hat, ids, v))]  # (B, w + n, ...) each
@@ -327,9 +327,11 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, block: int,
     k, v = (torch.cat(pair, 1) for pair in zip(past, (k, v))) if past else (k, v)
     w, M, out = k.shape[1] - q.shape[1], bias.shape[-1] - 1, []
     for i, q_i in zip(range(w, k.shape[1], block), q.split(block, 1)):
-        first, end = max(0, i - M) if window else 0, i + q_i.shape[1]
+        near, end = min(i, M), i + q_i.shape[1]
+        first = i - near if window else 0
         bias_i = bias if bias.ndim == 1 else bias[:, i - w:end - w]
-        B = band(bias_i, end - i, i - first, -math.inf if window else 0.0).to(q.dtype)
+        B = band(bias_i, end - i, near, -math.inf if window else 0.0)
+        B = F.pad(B, (i - near - first, 0)).to(q.dtype)  # 0 before the window
         out.append(F.scaled_dot_product_attention(q_i, k[:, first:end], v[:, first:end], B,
                                                   scale=1.0))
     first = max(0, k.shape[1] - M) if window else 0
@@ -405,9 +407,11 @@ class Codebook(nn.Module):
         self.sums[:] = torch.where(dead[:, None], new, self.sums)
         self.count[:] = torch.where(dead, count, self.count)
 
-    def perplexity(self) -> Tensor:
-        """How many codes are in use: e to the entropy of their shares, 1 to c."""
-        return torch.special.entr(self.count / self.count.sum()).sum().exp()
+    def usage(self) -> dict[str, Tensor]:
+        """perplexity, how many codes are in use: e to the entropy of their shares, 1 to c; and the
+        share of dead ones."""
+        entropy = torch.special.entr(self.count / self.count.sum()).sum()
+        return dict(perplexity=entropy.exp(), dead=self.dead().float().mean())
 
 
 ATTENTIONS = ("vq", "exact", "window", "quadratic")
@@ -558,11 +562,12 @@ def read_along(net: TransformerVQ, data: Tensor, length: int, kind: str, args: a
                ) -> Tensor:
     """loss (N, length) of data (T,), cut into N texts of `length`, or into one if it is shorter.
 
-    Reads a batch at once, --update-len by as many bytes, with the state carried on.
+    Reads 32,768 bytes at once, or one text (`exact` keeps all its keys and values), --update-len
+    by as many bytes of each, with the state carried on.
     """
     length = min(length, len(data) - 1)
     texts = data.unfold(0, length + 1, length).long()  # the last byte of each begins the next
-    parts, bits = texts.split(args.batch_size), []
+    parts, bits = texts.split(max(1, 2**15 // length)), []
     for part in watch(parts, len(parts), f"reading, {kind}: texts"):
         states, row = None, []
         for i in range(0, length, args.update_len):
@@ -581,7 +586,7 @@ def code_use(net: TransformerVQ, data: Tensor, length: int) -> list[dict[str, fl
     use = []
     for i, (layer, commit, (k, _)) in enumerate(zip(net.layers, commits, seen)):
         if book := layer.book:
-            used, dead = book.perplexity().item(), book.dead().float().mean().item()
+            used, dead = (value.item() for value in book.usage().values())
             error = (commit / k.square().sum(-1).mean()).item()
             use.append(dict(perplexity=used, dead=dead, relative_error=error))
             say(f"  layer {i}: {used:.1f} of {len(book.count)} codes in use, {dead:.1%} dead, "
@@ -814,6 +819,9 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         torch._foreach_mul_(decayed, 1 - args.weight_decay)  # not times the rate, as the paper
         renew_codes(net, seen, args.ema, args.restart and segment == args.segments - 1,
                     generator(device, args.seed, step, 3))
+        for i, layer in enumerate(net.layers):  # columns of log.csv that no line on screen has
+            for name, value in layer.book.usage().items() if layer.book else ():
+                progress.sums[f"{name}_{i}"] = progress.sums.get(f"{name}_{i}", 0) + value
         progress.add(step + 1, bits=bits.detach(), commit=commits.detach().sum(), lr=lr)
     if RANK:
         return
@@ -848,7 +856,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         # flag       CPU        --gpu      --paper   least  meaning
         data=       ("python",  "python",  "enwik8",  None, "python (the standard library's "
                      "sources), shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz .zip"),
-        steps=      (2000,      3000,      125_000,   1, "in all, resumed ones included"),
+        steps=      (2000,      1500,      125_000,   1, "in all, resumed ones included"),
         batch_size= (4,         16,        128,       1, "global, over all processes"),
         seed=       (0,                               0, "of weights, noise and order"),
         attention=  ("vq",      ATTENTIONS, "vq: 9844 (10); exact: raw keys; window: no "
@@ -864,7 +872,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         block=      (32,        512,                  1, "l, tokens computed at once, 9844 (10)"),
         bias=       ("toeplitz", "toeplitz", "xl",    ("toeplitz", "xl"), "B: post's or paper's"),
         through=    (False,                           None, "gradients reach values through U"),
-        prefix=     ("loop",    "cumsum",             ("loop", "cumsum"), "how 9844 (10) sums U_i"),
+        prefix=     ("loop",                          ("loop", "cumsum"), "how 9844 (10) sums U_i"),
         ema=        (0.95,      0.99,                 0, "decay of the codebook's averages"),
         commit=     (1e-3,      1e-3,      1e-4,      0, "weight of the commitment loss"),
         restart=    (True,      True,      False,     None, "dead codes, where a new text begins"),
@@ -872,7 +880,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         drop_sinusoid=(0.0,     0.0,       0.2,       0, "of the paper's B"),
         drop_layer= (0.0,       0.0,       0.3,       0, "of whole layers"),
         lr=         (6e-3,      2e-3,      4e-4,      0, "Adam's learning rate at its height"),
-        warmup=     (50,        200,       10_000,    1, "steps of linear warm-up"),
+        warmup=     (50,        100,       10_000,    1, "steps of linear warm-up"),
         final=      (0.05,      0.05,      0.1,       0, "share of the rate at the end"),
         beta2=      (0.95,      0.95,      0.98,      0, "Adam's second decay"),
         weight_decay=(0.0,      0.0,       2e-4,      0, "each step, of all matrices"),

@@ -1,6 +1,7 @@
 """transformer_vq.py against post 9844 and oracles written out here, in float64: loops over tokens, one-hot matrices."""
 
 import argparse
+import csv
 import json
 import math
 import re
@@ -575,11 +576,12 @@ def test_restart_moves_dead_codes_only_and_is_consistent():
     assert torch.equal(ids, tvq.quantize(keys, book.vectors()[~dead])[0])
 
 
-def test_perplexity_and_dead():
+def test_usage_and_dead():
     book = tvq.Codebook(4, 2)
-    assert abs(float(book.perplexity()) - 4) < 1e-5
-    book.count[:] = torch.tensor([1.0, 1.0, 0.0, 0.0])
-    assert abs(float(book.perplexity()) - 2) < 1e-5 and book.dead().tolist() == [False, False, True, True]
+    assert abs(float(book.usage()["perplexity"]) - 4) < 1e-5 and book.usage()["dead"] == 0
+    book.count[:] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert abs(float(book.usage()["perplexity"]) - 3) < 1e-5 and book.dead().tolist() == [False] * 3 + [True]
+    assert book.usage()["dead"] == 0.25
 
 
 @given(st.integers(1, 6), SEEDS)
@@ -1055,13 +1057,41 @@ def test_a_save_shows_the_model_as_it_is_then(capsys):
 def test_evaluation_in_pieces_is_the_whole_and_of_its_own_text():
     net = small().float()
     data = tokens(70, seed=3)
-    bits = tvq.read_along(net, data, 20, "vq", argparse.Namespace(batch_size=2, update_len=7))
+    bits = tvq.read_along(net, data, 20, "vq", argparse.Namespace(update_len=7))
     assert bits.shape == (3, 20)
     for row in range(3):
         with torch.no_grad():
             logits = net(data[None, 20 * row:20 * row + 20])[0][0]
         want = -logits.log_softmax(-1).gather(1, data[20 * row + 1:20 * row + 21, None])[:, 0] / math.log(2)
         assert far(bits[row], want) < 1e-4
+
+
+@pytest.mark.parametrize("length, rows", [(2**14, [2, 1]), (2**14 + 1, [1, 1]), (2**16, [1])])
+def test_evaluation_reads_few_bytes_at_once(length, rows):
+    """2^15, or one text: raw keys and values of all layers stay, 30 GiB of them once with --gpu's 7 texts of 2^16."""
+    seen = []
+
+    def net(text, states, kind):
+        seen.append(len(text))
+        return torch.zeros(*text.shape, 256), None
+
+    bits = tvq.read_along(net, tokens(sum(rows) * length + 1), length, "exact", argparse.Namespace(update_len=2**13))
+    assert bits.shape == (sum(rows), length) and seen == [r for r in rows for _ in range(0, length, 2**13)]
+
+
+@pytest.mark.parametrize("kind", ["vq", "window"])
+def test_the_log_has_each_layers_use_of_its_codes(kind, capsys):
+    """After an update, as its checkpoint has them; in log.csv alone."""
+    net = run("--steps 1 --codes 12 --ema 0.5 --attention", kind)["model"]
+    row, = csv.DictReader(Path("out/transformer_vq/log.csv").open())
+    assert [name for name in row if name[-1].isdigit()] == [
+        f"{name}_{i}" for i in (0, 1) for name in ("perplexity", "dead") if kind == "vq"]
+    for i in (0, 1) if kind == "vq" else ():
+        count = net[f"layers.{i}.book.count"].double()
+        entropy = -(count / count.sum() * (count / count.sum()).log()).sum()
+        assert abs(float(row[f"perplexity_{i}"]) - entropy.exp()) < 1e-4
+        assert float(row[f"dead_{i}"]) == pytest.approx(float((count < count.mean() / 20).double().mean()))
+    assert "perplexity" not in capsys.readouterr().out
 
 
 CHANGES = [  # flags of the experiment: each changes the weights after three steps
