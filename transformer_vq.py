@@ -11,7 +11,7 @@ Map     9844 (1)   softmax(Q K^T) V                               vq_attention_q
         9844 (2)   softmax(Q K_hat^T) V, K_hat = VQ(K, C)       quantize, vq_attention_quadratic
         9844 (3)   exp(Q K^T) V / (exp(Q K^T) 1)                          vq_attention_encoder
         9844 (4)   exp(Q K_hat^T) V = exp(Q C^T) (Delta^T V)              vq_attention_encoder
-        9844 (5)   O_i = exp(Q_i C^T) sum_{j<=i} Delta_j^T V_j            vq_attention_cumsum
+        9844 (5)   O_i = exp(Q_i C^T) sum_{j<=i} Delta_j^T V_j            blocks_at_once
         9844 (6)   O_i = exp(Q_i C^T) U_i, U_i = U_{i-1} + Delta_i^T V_i  vq_step, accumulate
         9844 (7)   exp(Q_[i] K_hat_[i]^T + M) V_[i] + older blocks by C   Blocks
         9844 (8)   (7) with U_{i-1} for the sum                           Blocks
@@ -168,8 +168,8 @@ def block_attention(q: Tensor, k_hat: Tensor, v: Tensor, B: Tensor, codebook: Te
 
 
 def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor, bias: Tensor,
-                 block: int, state: Memory | None = None, through: bool = False
-                 ) -> tuple[Tensor, Memory]:
+                 block: int, state: Memory | None = None, through: bool = False,
+                 at_once: bool = False) -> tuple[Tensor, Memory]:
     """9844 (10): (2) with B, causal, in time and memory linear in n: O (B, n, d_v) and the state.
 
     q, k_hat (B, n, d_k), ids (B, n), v (B, n, d_v), bias (M+1,) or (B, n, M+1). M is the window,
@@ -178,8 +178,6 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
     """
     # The post defines U_i with sum_{j<i} before (8), but (8) and (10) need j <= i, as their
     # recursion has it. Of (10) it stops the gradient of U_{i-2}, there called U_{i-1}.
-    if through:
-        return vq_attention_cumsum(q, k_hat, ids, v, codebook, bias, block, state, True)
     state = state or first_state(k_hat, ids, v, codebook)
     k, z, x = (torch.cat([old, new], 1) if old.shape[1] else new  # (B, w + n, ...)
                for old, new in zip(state, (k_hat, ids, v)))
@@ -188,7 +186,9 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
     M = bias.shape[-1] - 1
     B = band(bias, block, M)
     B = B if bias.ndim == 4 else B[None, None]  # alike for all blocks
-    out, U, count = Blocks.apply(q, k, z, x, B, codebook, *state[3:])
+    parts = q, k, z, x, B, codebook, *state[3:]
+    out, U, count = (blocks_at_once(*parts, through) if through or at_once else
+                     Blocks.apply(*parts))
     return out, Memory(*(part[:, max(0, k.shape[1] - M):] for part in (k, z, x)), U, count)
 
 
@@ -259,37 +259,31 @@ class Blocks(torch.autograd.Function):
         return dq, dk, None, dv, dB, None, None, None
 
 
-def vq_attention_cumsum(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor,
-                        bias: Tensor, block: int, state: Memory | None = None,
-                        through: bool = False) -> tuple[Tensor, Memory]:
-    """`vq_attention` with all blocks at once: the U_i by a cumulative sum, the post's way for (5).
+def blocks_at_once(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, B: Tensor, codebook: Tensor,
+                   U: Tensor, count: Tensor, through: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Blocks` gives, from the same: `block_attention` of all blocks, with autograd's gradient,
+    the U_i by a cumulative sum, the post's way for (5).
 
-    The same output and state. It holds n / L sums (c, d_v), and all weights until the backward
-    pass, and takes as many kernels whatever n is.
+    Holds n / L sums (c, d_v), and all weights until the backward pass, and takes as many kernels
+    whatever n is.
     """
-    *window, U, count = state or first_state(k_hat, ids, v, codebook)
-    seen = [torch.cat(pair, 1) for pair in zip(window, (k_hat, ids, v))]  # (B, w + n, ...) each
-    n, M, c = q.shape[1], bias.shape[-1] - 1, len(codebook)
-    m = -(-n // block)
-    front, back = M + n - seen[1].shape[1], m * block - n  # empty places: all windows, blocks full
-    k, x = (F.pad(part, (0, 0, front, back)) for part in seen[::2])  # (B, M + m L, ...)
-    near_k, near_x = (part.unfold(1, M + block, block).mT for part in (k, x))  # (B, m, M+L, ...)
-    if bias.ndim == 3:
-        bias = F.pad(bias, (0, 0, 0, back)).unflatten(1, (m, block))
-    B = band(bias, block, M)  # the same for all blocks, but that there is nothing in front
-    place = torch.arange(M + m * block, device=q.device).unfold(0, M + block, block)[:, None]
-    B = B.expand(*B.shape[:-3], m, -1, -1).masked_fill(place < front, -math.inf)
+    n, L, c = q.shape[1], B.shape[-2], len(codebook)
+    m, M = -(-n // L), B.shape[-1] - L
+    front, back = M + n - k_hat.shape[1], m * L - n  # empty places: all windows, blocks full
+    k, x = (F.pad(part, (0, 0, front, back)) for part in (k_hat, v))  # (B, M + m L, ...)
+    near_k, near_x = (part.unfold(1, M + L, L).mT for part in (k, x))  # (B, m, M+L, ...)
+    place = torch.arange(M + m * L, device=q.device).unfold(0, M + L, L)[:, None]
+    B = B.expand(-1, m, -1, -1).masked_fill(place < front, -math.inf)
     # What leaves the window, summed in each block; what is not there, or stays, has a code c.
-    z = F.pad(F.pad(seen[1], (front, 0), value=c)[:, :n], (0, back), value=c)
-    old = (x if through else x.detach())[:, :m * block].reshape(-1, block, v.shape[-1])
-    sums = accumulate(*no_sums(old, c + 1), z.reshape(-1, block), old)
+    z = F.pad(F.pad(ids, (front, 0), value=c)[:, :n], (0, back), value=c)
+    old = (x if through else x.detach())[:, :m * L].reshape(-1, L, v.shape[-1])
+    sums = accumulate(*no_sums(old, c + 1), z.reshape(-1, L), old)
     # 9844 (5), of blocks: (B, m+1, c, d_v)
     U, count = (torch.cat([before[:, None], each[:, :c].unflatten(0, (-1, m))], 1).cumsum(1)
                 for before, each in zip((U, count), sums))
-    q = F.pad(q, (0, 0, 0, back)).unflatten(1, (m, block))
+    q = F.pad(q, (0, 0, 0, back)).unflatten(1, (m, L))
     out = block_attention(q, near_k, near_x, B, codebook, U[:, :-1], count[:, :-1])
-    last = [part[:, max(0, part.shape[1] - M):] for part in seen]
-    return out.flatten(1, 2)[:, :n], Memory(*last, U[:, -1], count[:, -1])
+    return out.flatten(1, 2)[:, :n], U[:, -1], count[:, -1]
 
 
 def vq_step(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Tensor, bias: Tensor,
@@ -467,8 +461,8 @@ class GAU(nn.Module):
         if kind == "vq":
             size = -(-x.shape[1] // self.block) * len(x) * self.d_v * len(codebook)
             at_once = self.at_once and x.shape[1] > 1 and size <= 2**28  # all U_i: at most 1 GiB
-            form = vq_attention_cumsum if at_once else vq_attention
-            o, state = form(q, k_hat, ids, v, codebook, bias, self.block, state, self.through)
+            o, state = vq_attention(q, k_hat, ids, v, codebook, bias, self.block, state,
+                                    self.through, at_once)
         else:
             keys = k if kind == "exact" else k_hat
             o, state = exact_attention(q, keys, v, bias, self.block, state, kind == "window")

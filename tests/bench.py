@@ -303,7 +303,7 @@ def cases_transformer_vq(opt: argparse.Namespace) -> Iterator[Case]:
         q, k = F.pad(q, (0, 64)), F.pad(k, (0, 64))
         return F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=1.0)
 
-    arms = {"ours": form(tvq.vq_attention, 128), "ours, cumsum": form(tvq.vq_attention_cumsum, 128), "SDPA": sdpa}
+    arms = {"ours": form(tvq.vq_attention, 128), "ours, cumsum": form(functools.partial(tvq.vq_attention, at_once=True), 128), "SDPA": sdpa}
     if opt.compile:
         arms = {who: torch.compile(arm) for who, arm in arms.items()}
 

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import functools
 import json
 import math
 import re
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FORMS = [tvq.vq_attention, tvq.vq_attention_cumsum]
-both_forms = pytest.mark.parametrize("form", FORMS)
+FORMS = [tvq.vq_attention, functools.partial(tvq.vq_attention, at_once=True)]
+both_forms = pytest.mark.parametrize("form", FORMS, ids=["loop", "at_once"])
 SEEDS = st.integers(0, 2**31)
 # n tokens, c codes, M the window, L the block, d_k, d_v
 SIZES = st.tuples(st.integers(1, 40), st.integers(1, 7), st.integers(0, 9), st.integers(1, 9), st.integers(1, 4),
@@ -135,7 +136,7 @@ def test_9844_5_cumulative_sum_of_one_hot_rows(sizes, seed):
     U = torch.einsum("bnc,bnd->bncd", Delta, case.v).cumsum(1)
     e = torch.exp(case.q @ case.C.T)
     want = torch.einsum("bnc,bncd->bnd", e, U) / torch.einsum("bnc,bnc->bn", e, Delta.cumsum(1))[..., None]  # (5)
-    o, state = tvq.vq_attention_cumsum(*case.at(None)[:-1], torch.zeros(1, dtype=e.dtype), 1)
+    o, state = FORMS[1](*case.at(None)[:-1], torch.zeros(1, dtype=e.dtype), 1)
     assert far(o, want) < 1e-11 and far(state.U, U[:, -1]) < 1e-12
 
 
@@ -677,16 +678,15 @@ def test_model_in_pieces_and_token_by_token_is_the_whole(kind, prefix):
 def test_cumsum_is_used_only_while_it_fits(monkeypatch):
     """Up to 2^28 numbers of all U_i, for more than one token, and if asked for."""
     used = []
-    for form in FORMS:
-        def noted(q, k_hat, ids, v, *more, form=form):
-            used.append(form)
-            return v, None  # of an output only the shape matters
-        monkeypatch.setattr(tvq, form.__name__, noted)
-    loop, cumsum = FORMS
-    for rows, n, prefix, form in ((1, 8, "cumsum", cumsum), (1, 8, "loop", loop), (1, 1, "cumsum", loop),
-                                  (8, 2**10, "cumsum", cumsum), (8, 2**10 + 1, "cumsum", loop)):
+    for engine, name in (("loop", "apply"), ("cumsum", "blocks_at_once")):
+        def noted(q, k_hat, ids, v, *_, engine=engine):
+            used.append(engine)
+            return v, *tvq.no_sums(v, 512)  # of an output only the shape matters
+        monkeypatch.setattr(tvq.Blocks if name == "apply" else tvq, name, noted)
+    for rows, n, prefix, want in ((1, 8, "cumsum", "cumsum"), (1, 8, "loop", "loop"), (1, 1, "cumsum", "loop"),
+                                  (8, 2**10, "cumsum", "cumsum"), (8, 2**10 + 1, "cumsum", "loop")):
         small(d_v=64, codes=512, block=1, layers=1, prefix=prefix)(tokens(rows, n))
-        assert used.pop() is form and not used
+        assert used.pop() == want and not used
 
 
 def test_model_is_causal_in_training_and_evaluation_moves_no_code():
