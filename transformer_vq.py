@@ -28,8 +28,8 @@ Shapes  B batch (alone, B is the post's bias), n tokens, L = l tokens of a block
 Run     python transformer_vq.py                                # CPU: bytes, about 2 minutes
         python transformer_vq.py --attention exact              # or window: the same without VQ
         python transformer_vq.py --gpu --data enwik8            # one GPU
-        python transformer_vq.py --gpu --paper                  # the paper's enwik8 model, whole
         torchrun --nproc_per_node=8 transformer_vq.py --gpu     # the same global batch on eight
+        torchrun --nproc_per_node=8 transformer_vq.py --gpu --paper  # enwik8, 8 cards of 80 GB
         python transformer_vq.py --sample-only 3                # from out/transformer_vq/ckpt.pt
 Needs   torch, numpy
 """
@@ -261,7 +261,7 @@ class Blocks(torch.autograd.Function):
 
 def blocks_at_once(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, B: Tensor, codebook: Tensor,
                    U: Tensor, count: Tensor, through: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Blocks` gives, from the same: `block_attention` of all blocks, with autograd's gradient,
+    """What `Blocks` gives, by `block_attention` of all blocks at once, with autograd's gradient:
     the U_i by a cumulative sum, the post's way for (5).
 
     Holds n / L sums (c, d_v), and all weights until the backward pass, and takes as many kernels
