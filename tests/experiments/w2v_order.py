@@ -7,6 +7,7 @@ A matrix a line, its scores on each file of --eval. A context is a word and wher
 """
 
 import argparse
+import functools
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import w2v_svd as w  # noqa: E402
+
+MATRICES = "as in the script", "w + c", "p = 0", "smoothing .75", "weight .125", "by side", "by place"
 
 
 def count_by_place(tokens: Tensor, docs: Tensor, V: int, L: int, by: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,15 +60,15 @@ def matrices(tokens: Tensor, docs: Tensor, V: int, opt: argparse.Namespace) -> I
         return u / r[:, None].float(), s, v
     for L in opt.windows:
         cells = w.count(tokens, docs, V, L)
-        plain = solve(*cells, L)
-        yield f"window {L}", w.vectors(*plain, 0.5)
-        yield f"window {L}, w + c", w.vectors(*plain, 0.5, True)
-        yield f"window {L}, p = 0", w.vectors(*plain, 0.0)
-        yield f"window {L}, smoothing .75", w.vectors(*solve(*cells, L, smoothing=0.75), 0.5)
-        yield f"window {L}, weight .125", w.vectors(*solve(*cells, L, weight=0.125), 0.5)
-        yield f"window {L}, by side", w.vectors(*solve(*count_by_place(tokens, docs, V, L, "side"), L), 0.5)
-        if L > 1:
-            yield f"window {L}, by place", w.vectors(*solve(*count_by_place(tokens, docs, V, L, "place"), L), 0.5)
+        plain = functools.cache(lambda: solve(*cells, L))
+        arms = dict(zip(MATRICES, (
+            lambda: w.vectors(*plain(), 0.5), lambda: w.vectors(*plain(), 0.5, True), lambda: w.vectors(*plain(), 0.0),
+            lambda: w.vectors(*solve(*cells, L, smoothing=0.75), 0.5),
+            lambda: w.vectors(*solve(*cells, L, weight=0.125), 0.5),
+            lambda: w.vectors(*solve(*count_by_place(tokens, docs, V, L, "side"), L), 0.5),
+            lambda: w.vectors(*solve(*count_by_place(tokens, docs, V, L, "place"), L), 0.5))))
+        for name in opt.matrices:
+            yield f"window {L}, {name}", arms[name]()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--sample", type=float, default=1e-3, help="as in w2v_svd.py")
     p.add_argument("--steps", type=int, default=30, help="rounds of the SVD")
     p.add_argument("--windows", nargs="+", type=int, default=[5, 2, 1])
+    p.add_argument("--matrices", nargs="+", choices=MATRICES, default=MATRICES, help="of each window")
     opt = p.parse_args(argv)
     args = w.parse_args(["--data", opt.data, "--vocabulary", str(opt.vocabulary), "--min-count", str(opt.min_count),
                          "--sample", str(opt.sample)])
