@@ -1247,3 +1247,22 @@ def test_time_runs_and_computes_what_it_times(capsys):
     assert abs(time["slope"]([1, 2, 4], [3, 12, 48]) - 2) < 1e-9
     time["main"](["--longest", "256", "--repeats", "1", "--figure", "time.svg"])
     assert capsys.readouterr().out.count("peak MiB") == 3 and "SDPA" in Path("time.svg").read_text()
+
+
+def test_memory_counts_what_is_alive(capsys):
+    memory = experiment("memory")
+    with memory["FakeTensorMode"](), memory["Alive"]() as alive:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = a[:10]
+        assert (alive.now, alive.peak) == (8000, 8000)
+        del a, b
+        assert (alive.now, alive.peak) == (4000, 8000)
+        del view
+        assert (alive.now, alive.peak) == (0, 8000)
+    flags = [*TINY[2:], *"--d-v 64 --layers 1 --block 8 --segments".split()]
+    short, long = (memory["main"]([*flags, segments]) for segments in "12")
+    more = 32 * (4 * 8 + 2 * 64)  # bytes of 32 more tokens' keys, float32, and values, bfloat16
+    assert more < (long["the report, exact keys"] - short["the report, exact keys"]) * 2**30 < 8 * more
+    assert short["an update"] == long["an update"] and capsys.readouterr().out.count("GiB: an update") == 2
+    assert nn.Module.to.__qualname__ == "Module.to"
