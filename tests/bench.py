@@ -359,9 +359,10 @@ def cases_hier_pos_bert(opt: argparse.Namespace) -> Iterator[Case]:
     """WordPiece on 2 MB of the standard library; then training steps of a BERT of 4 layers, width 256, 30,522 words, 15 %
     masked, at 128 and 512 tokens, plain and with the post's codes of four times as few positions.
 
-    Peer transformers: its fast tokenizer, by lines, and BertForMaskedLM of the same size without dropout.
+    Peer transformers: its fast and its slow tokenizer, by lines, and BertForMaskedLM of the same size without dropout.
     """
     import collections
+    import tempfile
 
     import hier_pos_bert as hier
 
@@ -375,10 +376,16 @@ def cases_hier_pos_bert(opt: argparse.Namespace) -> Iterator[Case]:
     if opt.peer == "transformers":
         from tokenizers.implementations import BertWordPieceTokenizer
         from transformers import BertConfig, BertForMaskedLM
+        from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
         peer = BertWordPieceTokenizer(vocab=ids)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8") as file:
+            file.write("\n".join(words))
+            file.flush()
+            slow = BertTokenizerLegacy(file.name)
         arms["tokenizers"] = lambda: peer.encode_batch(text.split("\n"), add_special_tokens=False)
-        assert [k for row in arms["tokenizers"]() for k in row.ids] == arms["ours"]()
+        arms["transformers' slow one"] = lambda: [k for line in text.split("\n") for k in slow.convert_tokens_to_ids(slow.tokenize(line))]
+        assert [k for row in arms["tokenizers"]() for k in row.ids] == arms["ours"]() == arms["transformers' slow one"]()
     yield "word pieces", len(arms["ours"]()), arms
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=opt.gpu and not opt.fp32)
     for length in (128, 512):
