@@ -1034,6 +1034,13 @@ def test_the_report_again_from_the_checkpoint(pictures, flags):
     assert metrics["images_per_second"] == pytest.approx(84 / metrics["train_seconds"])
 
 
+def test_channels_are_last_on_a_cpu_and_first_on_a_gpu():
+    for flags, last in ([], True), (["--gpu"], False):
+        net = nvae.build(nvae.parse_args(["--width=8", "--groups=1", "--min-groups=1", *flags]), 3, 8, torch.device("cpu"))
+        spatial = [p for p in net.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+        assert spatial and all(p.is_contiguous(memory_format=torch.channels_last) == last for p in spatial)
+
+
 SAME = ("weights", "pictures", "numbers")
 BASES = {}  # each made once
 

@@ -1425,6 +1425,14 @@ def test_the_map_shows_eight_words_and_the_five_nearest_to_each():
     assert Path("map.png").read_bytes() == Path("again.png").read_bytes()
 
 
+def test_the_svd_is_not_solved_in_tf32():
+    """Whatever a GPU's networks may do."""
+    torch.set_float32_matmul_precision("high")
+    tokens, docs = text(0, 30, 500, 5)
+    w.solve(w.parse_args(["--dim=4", "--steps=3"]), tokens, docs, 30)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.gpu
 def test_gpu_counts_and_factors_are_the_cpus():
     tokens, docs = text(0, 300, 20_000, 5)
