@@ -838,7 +838,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         classify(net, documents, vocab, args)
     if not RANK:
         write_metrics(args, metrics | dict(
-            step=args.steps, seed=args.seed, train_seconds=seconds,
+            step=args.steps, seed=args.seed, alpha=args.alpha, tune_steps=args.tune_steps,
+            train_seconds=seconds,
             tokens_per_second=(args.steps - first) * progress.items / seconds))
 
 

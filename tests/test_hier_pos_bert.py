@@ -849,8 +849,8 @@ def test_a_folder_without_a_head_is_trained_and_stretched(text):
     assert far(got["bert.embeddings.word_embeddings.weight"], body["embeddings.word_embeddings.weight"]) > 1e-4
     c, state = hier.read_bert("out/hier_pos_bert/bert-18")
     assert c["vocab_size"] == len(VOCAB) and hier.read_vocabulary("out/hier_pos_bert/bert-18")["words"] == VOCAB
-    run("--resume", *argv[4:], "--steps", 4)
-    assert state_of()["step"] == 4 and metrics_of()["tokens_per_second"] * metrics_of()["train_seconds"] == pytest.approx(4 * 6)  # of this run
+    run("--resume", *argv[4:], "--steps", 4, "--alpha", 0.3)
+    assert state_of()["step"] == 4 and metrics_of()["alpha"] == 0.3 and metrics_of()["tokens_per_second"] * metrics_of()["train_seconds"] == pytest.approx(4 * 6)  # of this run
 
 
 def test_a_far_mention_is_six_bytes_or_one_word_piece(text, monkeypatch):
