@@ -229,49 +229,48 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int,
     A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
     whole numbers, alike for any size, of pairs at once. Windows end with documents.
     """
-    bits, parts = L.bit_length(), []  # a pair's weight rides below its number: a plain sort does
+    word, bits, parts = V.bit_length(), L.bit_length(), []
+    kind = torch.int32 if 2 * word + bits < 32 and 2 * L * size < 2**31 else torch.int64
     chunk = size // (2 * L) + 1
     for s in range(0, len(tokens), chunk):
         keys = []
         for d in range(1, L + 1):
-            x, y = pairs(tokens, docs, s, s + chunk, d)
+            y = tokens[s + d:s + d + chunk].to(kind)  # d places after x
+            x = tokens[s:s + len(y)].to(kind)
+            same = docs[s:s + len(y)] == docs[s + d:s + d + chunk]  # else 0 more in cell 0, 0
             weight = L - d + 1  # T7; departs: expected, word2vec draws each
-            keys += [(x * V + y << bits) + weight, (y * V + x << bits) + weight]
-        key = sort(torch.cat(keys))
+            keys += [((a << word | b) << bits | weight) * same for a, b in ((x, y), (y, x))]
+        key = sort(torch.cat(keys))  # a pair's weight rides below its number: a plain sort does
         parts.append(add_up(key >> bits, key & (1 << bits) - 1))
-    keys, sums = (torch.cat(part) for part in zip(*parts))
-    order = keys.argsort() if keys.is_cuda else torch.from_numpy(keys.numpy().argsort())
-    keys, sums = add_up(keys[order], sums[order])
-    return keys // V, keys % V, sums
-
-
-def pairs(tokens: Tensor, docs: Tensor, s: int, e: int, d: int) -> tuple[Tensor, Tensor]:
-    """The words x at s..e-1 and y, d places later in the same document, int64."""
-    e = max(min(e, len(tokens) - d), s)
-    same = docs[s:e] == docs[s + d:e + d]
-    return tokens[s:e][same].long(), tokens[s + d:e + d][same].long()
+    keys, sums = (torch.cat(part).long() for part in zip(*parts))
+    del parts  # of a large text a GiB
+    if len(tokens) > chunk:
+        order = keys.argsort() if keys.is_cuda else torch.from_numpy(keys.numpy().argsort())
+        keys, sums = add_up(keys[order], sums[order])
+    first = int((sums[:1] == 0).sum())  # cell 0, 0, if nothing but such pairs is in it
+    return keys[first:] >> word, keys[first:] & (1 << word) - 1, sums[first:]
 
 
 def sort(keys: Tensor) -> Tensor:
-    """Sorted int64 keys; on the CPU by NumPy, which is several times faster."""
+    """Sorted whole numbers; on the CPU by NumPy, which is several times faster."""
     return keys.sort().values if keys.is_cuda else torch.from_numpy(np.sort(keys.numpy()))
 
 
 def add_up(keys: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted keys, each once, and the sums of their int64 weights."""
-    last = torch.ones_like(keys, dtype=torch.bool)
-    last[:-1] = keys[1:] != keys[:-1]
-    total = weights.cumsum(0)[last]
-    return keys[last], total.diff(prepend=total.new_zeros(1))
+    """Sorted keys, each once, and the sums of their weights."""
+    keys, times = torch.unique_consecutive(keys, return_counts=True)
+    total = weights.cumsum(0, dtype=weights.dtype)[times.cumsum(0) - 1]
+    return keys, total.diff(prepend=total.new_zeros(1))
 
 
 # ---- factorising ----
 
 def sparse(i: Tensor, j: Tensor, x: Tensor, V: int) -> Tensor:
     """The (V, V) float32 CSR matrix of cells by rows, without those where x is 0."""
-    i, j, x = (part[x != 0] for part in (i, j, x))
+    at = x.nonzero()[:, 0]
+    i, j, x = i[at], j[at], x[at]
     kind = torch.int32 if max(V, len(x)) < 2**31 else torch.int64  # int32: half the traffic
-    rows = F.pad(torch.bincount(i, minlength=V).cumsum(0), (1, 0))
+    rows = torch.searchsorted(i, torch.arange(V + 1, device=i.device))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR a beta
         return torch.sparse_csr_tensor(rows.to(kind), j.to(kind), x.float(), (V, V))
@@ -296,17 +295,24 @@ def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 30, seed: int = 0) -
     width = max(16, -(-3 * k // rounds))
     size = min(width * rounds, m, n)
     g = generator("cpu", seed)
-    X, spare = (torch.randn(r, width, generator=g, dtype=M.dtype).to(M.device) for r in (n, m))
+    X = torch.randn(n, width, generator=g, dtype=M.dtype).to(M.device)
     Q, Z = (torch.empty(rows, size, dtype=M.dtype, device=M.device) for rows in (m, n))
+    eps = torch.finfo(M.dtype).eps
     for a in range(0, size, width):
-        Y = (product(M, X) + 1e-20 * spare)[:, :size - a]  # goes on at random where M X is 0
-        for _ in range(3):  # QR blows up the rounding noise that one pass leaves
-            Y = torch.linalg.qr(Y - Q[:, :a] @ (Q[:, :a].mT @ Y)).Q
+        Y, past = product(M, X)[:, :size - a], Q[:, max(a - 2 * width, 0):a]
+        Y = Y - past @ (past.mT @ Y)  # Lanczos: of earlier blocks it has rounding noise only
+        for _ in range(9):
+            Y = torch.linalg.qr(Y).Q  # blows the noise up: so once more, against all
+            C = Q[:, :a].mT @ Y
+            Y = Y - Q[:, :a] @ C
+            if C.square().sum() < eps:  # Y is still orthonormal; else nothing but noise was there
+                break
+            Y += eps * torch.randn(Y.shape, generator=g, dtype=M.dtype).to(M.device)
         X = product(Mt, Y)
         Q[:, a:a + width], Z[:, a:a + width] = Y, X
-    P, R = torch.linalg.qr(Z)  # Q'M = R'P'
-    a, s, bh = torch.linalg.svd(R.mT, full_matrices=False)
-    return signed(Q @ a[:, :k], s[:k], P @ bh[:k].mT)
+    b = truncated(torch.linalg.qr(Z, mode="r").R, k)[2]  # QQ'M = QZ', of which
+    v, s, c = truncated(Z @ b, k)  # the best k are Qb (Zb)'
+    return signed(Q @ (b @ c), s, v)
 
 
 # ---- model: 4233's net N -> n -> N, trained by gradient ----
@@ -635,12 +641,11 @@ def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Fac
     n = n.double() / args.window
     n_w = torch.bincount(i, n, minlength=V)
     if args.model == "ppmi":
-        P = negatives_law(n_w, 1)
-        x, xt = (pmi(n, n_w[w], P[c], discount=1) for w, c in ((i, j), (j, i)))
+        x = pmi(n, n_w[i], negatives_law(n_w, 1)[j], discount=1)
+        M = Mt = sparse(i, j, x, V)
     else:
         d = n_w.clamp(min=1e-30).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
-        x, xt = n / d[i], n / d[j]
-    M, Mt = sparse(i, j, x, V), sparse(i, j, xt, V)
+        M, Mt = (sparse(i, j, n / d[word], V) for word in (i, j))
     torch.set_float32_matmul_precision("highest")  # a basis in TF32 is not orthonormal
     left, s, right = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)
     return left if args.model == "ppmi" else left / d[:, None].float(), s, right

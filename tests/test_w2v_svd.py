@@ -211,6 +211,27 @@ def test_counts_are_the_brute_force_for_any_chunk(seed, V, length, docs, L, size
     assert n.sum().item() == sum(2 * (r - d) * (L - d + 1) for r in runs for d in range(1, min(L, r - 1) + 1))
 
 
+@pytest.mark.parametrize("V", [16383, 16384, 32767, 32768, 65536, 2**20])
+def test_counts_of_the_last_words(V):
+    """Where a pair's number and its weight just fill an int32, and where they need more."""
+    tokens = torch.tensor([V - 1, V - 1, 0, V - 2], dtype=torch.int32)
+    for L, far in ((1, []), (2, [(0, V - 1, 1), (V - 2, V - 1, 1)])):
+        cells = [(0, V - 1, L), (0, V - 2, L), (V - 1, V - 1, 2 * L), *far]
+        want = {}
+        for a, b, n in cells:
+            for at in {(a, b), (b, a)}:
+                want[at] = want.get(at, 0) + n
+        i, j, n = (part.tolist() for part in w.count(tokens, torch.zeros_like(tokens), V, L))
+        assert dict(zip(zip(i, j), n)) == want and len(n) == len(want)
+
+
+def test_a_cell_may_pass_int32():
+    """One word, 2,500 times, 1,000 places wide: 2.1 billion."""
+    tokens, L = torch.zeros(2500, dtype=torch.int32), 1000
+    want = sum(2 * (2500 - d) * (L - d + 1) for d in range(1, L + 1))
+    assert want > 2**31 and w.count(tokens, tokens, 1, L)[2].tolist() == [want]
+
+
 @given(SEEDS, st.integers(1, 6))
 def test_sparse_and_dense_are_one_matrix(seed, V):
     M = torch.randint(-1, 2, (V, V), generator=torch.Generator().manual_seed(seed)).float()
@@ -520,6 +541,23 @@ def test_krylov_svd_is_lapacks(shape, k, rank, as_sparse, seed):
     torch.testing.assert_close(u.T @ u, eye, rtol=0, atol=1e-8)
     torch.testing.assert_close(v.T @ v, eye, rtol=0, atol=1e-8)
     assert (s[1:] <= s[:-1]).all() and (s >= 0).all()
+
+
+BARREN = dict(zeros=torch.zeros(50, 90), ones=torch.ones(40, 293), part=F.pad(torch.ones(80, 80), (0, 80, 0, 80)),
+              whole=(draws(126, 3) @ draws(3, 294)).round(), blocks=torch.eye(5).repeat_interleave(40, 0),
+              falls=torch.diag(10.0 ** -torch.arange(100)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+@pytest.mark.parametrize("name", BARREN)
+def test_krylov_svd_goes_on_where_a_matrix_has_no_more_directions(name, dtype):
+    """A rank far below the space's columns, in numbers that may leave no rounding noise: all is orthonormal."""
+    M = BARREN[name].to(dtype)
+    k, small = min(M.shape), 200 * torch.finfo(dtype).eps
+    u, s, v = w.krylov_svd(M, M.T, k)
+    for basis in (u, v):
+        torch.testing.assert_close(basis.T @ basis, torch.eye(k, dtype=dtype), rtol=0, atol=small)
+    torch.testing.assert_close(u * s @ v.T, M, rtol=0, atol=small * max(1, s[0].item()))
 
 
 def planted(s):

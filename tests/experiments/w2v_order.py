@@ -26,7 +26,8 @@ def count_by_place(tokens: Tensor, docs: Tensor, V: int, L: int, by: str) -> tup
     """Cells of word x (context, where): L - d + 1 for each pair d apart; where by "side": 2, by "place": 2 L of them."""
     cells, where = [], 2 * L if by == "place" else 2
     for d in range(1, L + 1):
-        x, y = w.pairs(tokens, docs, 0, len(tokens), d)
+        same = docs[:-d] == docs[d:]
+        x, y = tokens[:-d][same].long(), tokens[d:][same].long()
         at = 2 * (d - 1) if by == "place" else 0
         for word, context, side in ((x, y, 0), (y, x, 1)):
             key = word * (V * where) + context * where + at + side
