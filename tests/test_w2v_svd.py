@@ -581,6 +581,14 @@ def test_krylov_svd_finds_the_directions_of_a_flat_spectrum_and_svd_lowrank_does
         assert (u[:, :60].T @ other).square().sum() < 0.95 * 60
 
 
+def test_krylov_svd_projects_on_two_blocks_and_once_on_all(monkeypatch):
+    """One QR a block is enough where the matrix has directions, and one at the end."""
+    M, real, calls = planted((1 + torch.arange(600, dtype=f64)) ** -0.2)[0], torch.linalg.qr, []
+    monkeypatch.setattr(torch.linalg, "qr", lambda *a, **k: calls.append(0) or real(*a, **k))
+    w.krylov_svd(M, M.T, 60, rounds=18)
+    assert len(calls) == 18 + 1
+
+
 def test_krylov_svd_finds_the_subspace_above_a_gap():
     s = 1 / (1 + torch.arange(600, dtype=f64) / 30)
     s[40:] *= 0.2
