@@ -229,9 +229,8 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int,
     A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
     whole numbers, alike for any size, of pairs at once. Windows end with documents.
     """
-    word, bits, parts = V.bit_length(), L.bit_length(), []
+    word, bits, chunk, parts = V.bit_length(), L.bit_length(), size // (2 * L) + 1, []
     kind = torch.int32 if 2 * word + bits < 32 and 2 * L * size < 2**31 else torch.int64
-    chunk = size // (2 * L) + 1
     for s in range(0, len(tokens), chunk):
         keys = []
         for d in range(1, L + 1):
@@ -289,15 +288,13 @@ def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 30, seed: int = 0) -
     blocks, not few wide ones. u (m, k), s (k,), v (n, k), signs as in `signed`; the same bits for a
     seed. Raises ValueError unless 1 <= k <= min(m, n).
     """
-    m, n = M.shape
+    (m, n), width = M.shape, max(16, -(-3 * k // rounds))
     if not 1 <= k <= min(m, n):
         raise ValueError(f"rank {k} of a matrix {m} x {n}")
-    width = max(16, -(-3 * k // rounds))
     size = min(width * rounds, m, n)
-    g = generator("cpu", seed)
+    g, eps = generator("cpu", seed), torch.finfo(M.dtype).eps
     X = torch.randn(n, width, generator=g, dtype=M.dtype).to(M.device)
     Q, Z = (torch.empty(rows, size, dtype=M.dtype, device=M.device) for rows in (m, n))
-    eps = torch.finfo(M.dtype).eps
     for a in range(0, size, width):
         Y, past = product(M, X)[:, :size - a], Q[:, max(a - 2 * width, 0):a]
         Y = Y - past @ (past.mT @ Y)  # Lanczos: of earlier blocks it has rounding noise only
@@ -641,8 +638,7 @@ def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Fac
     n = n.double() / args.window
     n_w = torch.bincount(i, n, minlength=V)
     if args.model == "ppmi":
-        x = pmi(n, n_w[i], negatives_law(n_w, 1)[j], discount=1)
-        M = Mt = sparse(i, j, x, V)
+        M = Mt = sparse(i, j, pmi(n, n_w[i], negatives_law(n_w, 1)[j], discount=1), V)
     else:
         d = n_w.clamp(min=1e-30).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
         M, Mt = (sparse(i, j, n / d[word], V) for word in (i, j))
