@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "experiments"))
 import w2v_arms  # noqa: E402
+import w2v_counts  # noqa: E402
 import w2v_map  # noqa: E402
 import w2v_objective  # noqa: E402
 import w2v_order  # noqa: E402
@@ -474,9 +475,20 @@ def test_sgns_objective_is_the_sum_over_all_cells_and_most_at_T5(V, k, bias, see
     x = draws(V, 3, seed=seed) @ draws(3, V, seed=seed + 1) + bias
     want = sum(N[a, c] * math.log(1 / (1 + math.exp(-x[a, c])))
                + k * n_w[a] * P[c] * math.log(1 / (1 + math.exp(x[a, c]))) for a in range(V) for c in range(V))
-    got = w2v_objective.sgns_objective(N, x, P, k)
+    got = w2v_objective.sgns_objective(N, x, P, k).item()
     assert got == pytest.approx((want / N.sum()).item(), rel=1e-9)
     assert w2v_objective.sgns_objective(N, w.sgns_optimum(N, n_w[:, None], P, k), P, k) >= got
+
+
+def test_descent_on_counts_ends_where_the_softmax_can_go_no_lower():
+    """T4: at full rank the least loss is the entropy of the contexts, given the word; Adam's net gets there."""
+    N = counts(5)
+    p = N / N.sum(1, keepdim=True)
+    least = -sum(N[a, c] * math.log(p[a, c]) for a in range(5) for c in range(5)) / N.sum()
+    assert w2v_counts.softmax_loss(N, w.softmax_optimum(N) + draws(5, 1)).item() == pytest.approx(least.item(), rel=1e-9)
+    walk = w2v_counts.descent(lambda x: w2v_counts.softmax_loss(N, x), 5, 5, 0.03, 0)
+    losses = [next(walk)[0] for _ in range(600)]
+    assert losses[0] == pytest.approx(math.log(5), abs=1e-6) and least <= losses[-1] < least + 1e-4
 
 
 # ---- 8: PMI ----
@@ -1428,6 +1440,7 @@ def test_new_words_from_a_list(mark, capsys):
 @pytest.mark.parametrize("name, flags", [
     ("w2v_arms", ["--eval", "s.txt"]), ("w2v_objective", []), ("w2v_order", ["--eval", "s.txt"]),
     ("w2v_sgns", ["--eval", "s.txt"]), ("w2v_epochs", ["--choose", "s.txt", "--report", "t.tsv", "--most", "2"]),
+    ("w2v_counts", ["--choose", "s.txt", "--report", "t.tsv", "--most", "16", "--gain", "-2"]),
     ("w2v_defaults", ["--choose", "s.txt", "--report", "t.tsv", "--windows", "2"])])
 def test_experiments_run(name, flags, capsys):
     write_text()
@@ -1440,6 +1453,9 @@ def test_experiments_run(name, flags, capsys):
         values = [float(line.rpartition(" ")[2]) for line in said.splitlines()
                   if line.startswith(("the most", "PPMI", "SGNS by"))]
         assert len(values) == 6 and values[0] == max(values)
+    if name == "w2v_counts":  # each loss falls, from the softmax's log V and the other's (k + 1) log 2
+        values = [float(line.split()[2]) for line in said.splitlines() if line.startswith(("softmax,", "negative,"))]
+        assert len(values) == 8 and values[:4] == sorted(values[:4])[::-1] and values[4:] == sorted(values[4:])[::-1]
 
 
 def test_arms_of_too_many_words_are_refused_before_the_work():
@@ -1451,7 +1467,8 @@ def test_arms_of_too_many_words_are_refused_before_the_work():
 
 @pytest.mark.parametrize("command", ["w2v_arms --data nowhere --eval s.txt", "w2v_objective --data nowhere", "w2v_map --vectors nowhere",
                                      "w2v_order --data nowhere --eval s.txt", "w2v_sgns --data nowhere --eval s.txt",
-                                     "w2v_defaults --data nowhere --choose s.txt --report t.tsv"])
+                                     "w2v_defaults --data nowhere --choose s.txt --report t.tsv",
+                                     "w2v_counts --data nowhere --choose s.txt --report t.tsv"])
 def test_experiments_say_what_is_wrong_in_a_line(command, monkeypatch):
     name, *flags = command.split()
     monkeypatch.setattr(sys, "argv", [name, *flags])

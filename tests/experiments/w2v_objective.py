@@ -29,11 +29,9 @@ def sgns_weight(n: Tensor, n_w: Tensor, P_c: Tensor, k: float) -> Tensor:
     return 1 / (1 / n + 1 / (k * n_w * P_c))
 
 
-@torch.no_grad()
-def sgns_objective(N: Tensor, x: Tensor, P: Tensor, k: int) -> float:
-    """sum_wc N log s(x) + k n_w P_c log s(-x), divided by sum N; counts N and scores x (V, V)."""
-    total = (N * F.logsigmoid(x.double())).sum() + k * (N.sum(1) @ F.logsigmoid(-x.double()) @ P)
-    return (total / N.sum()).item()
+def sgns_objective(N: Tensor, x: Tensor, P: Tensor, k: int) -> Tensor:
+    """sum_wc N log s(x) + k n_w P_c log s(-x), divided by sum N; counts N, scores x (V, V), P (V,) of one dtype."""
+    return ((N * F.logsigmoid(x)).sum() + k * (N.sum(1) @ F.logsigmoid(-x) @ P)) / N.sum()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,13 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     M = w.pmi(N, n_w, P, 1).nan_to_num(0)
     for weight in (0.0, 0.125, 0.25, 0.5):
         left, s, right = w2v_arms.weighted_svd(M, N.sum(1), weight, dim, 30)
-        value = sgns_objective(N, left * s @ right.T - math.log(k), P, k)
+        value = sgns_objective(N, (left * s @ right.T).double() - math.log(k), P, k)
         print(f"{f'PPMI by SVD, weight {weight:g}':48}{value:.4f}", flush=True)
     with tempfile.TemporaryDirectory() as out:
         if w.main([*flags, "--model=skipgram", f"--out={out}/run"]):
             raise SystemExit("SGNS did not run")
         net = torch.load(f"{out}/run/ckpt.pt", weights_only=True)["model"]
-    print(f"{'SGNS by gradient':48}{sgns_objective(N, net['U'] @ net['out'].T, P, k):.4f}", flush=True)
+    print(f"{'SGNS by gradient':48}{sgns_objective(N, (net['U'] @ net['out'].T).double(), P, k):.4f}", flush=True)
 
 
 if __name__ == "__main__":
