@@ -1325,7 +1325,7 @@ def test_defaults_are_those_that_the_pages_numbers_were_measured_with():
     args = vars(w.parse_args([]))
     assert {name: args[name] for name in args["config"]} == SGD | PPMI | dict(sample=1e-3,
         data="python", steps=0, batch_size=1024, shared_negatives=32, seed=0, model="ppmi", dim=100, min_count=5,
-        vocabulary=100_000, epochs=5.0, window=5, lr=0.2)
+        vocabulary=100_000, epochs=5.0, window=5, lr=0.4)
     on_gpu = vars(w.parse_args(["--gpu"]))
     assert {name: on_gpu[name] for name in args["config"] if on_gpu[name] != args[name]} == dict(
         data="text8", batch_size=8192, dim=300)

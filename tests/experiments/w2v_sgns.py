@@ -46,7 +46,7 @@ def updates(net: w.Word2Vec, rule: str) -> Callable[[float, list[tuple[Tensor, T
 
 @torch.no_grad()
 def train(tokens: Tensor, docs: Tensor, n: Tensor, opt: argparse.Namespace, drawn: bool = False, groups: int = 0,
-          K: int = 32, rule: str = "adagrad", lr: float = 0.2, blocks: int = 32) -> Tensor:
+          K: int = 32, rule: str = "adagrad", lr: float = 0.4, blocks: int = 32) -> Tensor:
     """The word vectors after one pass, or --steps: `descend`'s loop with skip-gram and negative sampling."""
     torch.manual_seed(opt.seed)
     net, law, L = w.Word2Vec(len(n), opt.dim), w.negatives_law(n, 0.75).cumsum(0), 5
