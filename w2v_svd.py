@@ -663,6 +663,7 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, s
     parts, law = build(args, V, device), negatives_law(n, 0.75).cumsum(0)
     first, net = restore(state, parts), parts["model"]
     batch, blocks, counts = args.batch_size // SPAN, -(-len(tokens) // SPAN), n.tolist()
+    high = args.lr if args.model == "skipgram" else args.lr / 2  # a bag's words move together
 
     def save(step: int, end: bool) -> None:
         save_checkpoint(args, step, parts, counts=counts)
@@ -676,7 +677,7 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, s
         if args.loss == "softmax":
             negatives = torch.arange(V, device=device)[None]
         starts = mine(batch_rows(blocks, step, batch, args.seed, device)) * SPAN
-        lr = args.lr * (1 - step / args.steps)
+        lr = high * (1 - step / args.steps)
         with torch.no_grad(), autocast(args):
             value, mass, gradient = net(*windows(tokens, docs, starts, L, reach), negatives,
                                         args.negative)
@@ -793,7 +794,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         plus=            (False,              None,  "add the vectors of context words, w + c"),
         negative=        (5,                  1,     "k, negatives per pair"),
         shared_negatives=(32,                 1,     "drawn for the pairs of 32 places"),
-        lr=              (0.4,                0,     "Adagrad's rate at the start; falls to zero"),
+        lr=              (0.4,                0,     "Adagrad's first rate, half for bags; falls to zero"),
         epochs=          (5.0,                1e-9,  "of a descent where --steps is 0"))
     others = dict(
         save_every=      (500,       2000,    1,     "steps between checkpoints"),

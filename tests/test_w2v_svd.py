@@ -1138,7 +1138,7 @@ def test_descent_again_naively(changed):
     lines = subsampled(lines, V, o["sample"], o["seed"])
     torch.manual_seed(o["seed"])
     U, out = ((torch.rand(V, o["dim"]) - 0.5) / o["dim"]).double(), torch.zeros(V, o["dim"], dtype=f64)
-    sums = {"U": np.zeros(V), "out": np.zeros(V)}
+    sums, high = {"U": np.zeros(V), "out": np.zeros(V)}, o["lr"] if o["model"] == "skipgram" else o["lr"] / 2
     blocks, a_step, order = math.ceil(sum(map(len, lines)) / 32), o["batch_size"] // 32, []
     for epoch in range(9):
         order += torch.randperm(blocks, generator=w.generator("cpu", o["seed"], epoch, 9)).tolist()
@@ -1154,7 +1154,7 @@ def test_descent_again_naively(changed):
             for word in {word for word, _ in part}:
                 row = sum(row for other, row in part if other == word)
                 total[word] += row.square().mean().item()
-                W[word] -= o["lr"] * (1 - step / o["steps"]) * row / math.sqrt(total[word] + 1e-10)
+                W[word] -= high * (1 - step / o["steps"]) * row / math.sqrt(total[word] + 1e-10)
     state = torch.load("out/w2v_svd/ckpt.pt", weights_only=True)
     assert state["step"] == o["steps"]
     for name, table in (("U", U), ("out", out)):
