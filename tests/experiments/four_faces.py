@@ -1,7 +1,9 @@
-"""The same pictures drawn by DDPM, NVAE, O-GAN and BiGAN-QP: equal machine, equal seconds of training, one judge.
+r"""The same pictures drawn by DDPM, NVAE, O-GAN and BiGAN-QP: equal machine, equal seconds of training, one judge.
 
     python tests/experiments/four_faces.py --to docs/four_faces.png                       # a table, and a picture
-    python tests/experiments/four_faces.py --data mnist --seconds 3600 --seeds 0 --set o_gan "--n-z 16" --set bigan_qp "--n-z 16"
+    python tests/experiments/four_faces.py --data mnist --seconds 3600 --seeds 0 --probe 60 \
+        --set ddpm "--width 32 --batch-size 64 --ema 0.999" --set o_gan "--n-z 32 --batch-size 32" \
+        --set nvae "--groups 4 --width 48 --batch-size 32 --lr 1.5e-2 --ema 0.999" --set bigan_qp "--n-z 32 --width 24 --batch-size 32"
 
 A short run of each tells how many steps fit into --seconds; these are then its --steps, so that a schedule ends with them;
 all else is the script's default. For each: the judge's numbers, means over --seeds (and where they lie, of two or more), the
