@@ -149,7 +149,8 @@ def linear_skipgram(N: Tensor, k: int) -> Factors:
     sum_wc N_wc |e_c - out'u_w|^2 is least where D_w^1/2 U out' = [D_w^-1/2 N]_k, the best of rank
     k: frequent words weigh more. Returns left, s, right with U out' = left s right'.
     """
-    d = N.sum(1, keepdim=True).clamp(min=1e-30).sqrt()
+    n_w = N.sum(1, keepdim=True)
+    d = torch.where(n_w > 0, n_w, 1).sqrt()  # a word without a pair has no vector: 0
     u, s, v = truncated(N / d, k)
     return u / d, s, v
 
@@ -283,10 +284,10 @@ def product(M: Tensor, X: Tensor) -> Tensor:
 def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 30, seed: int = 0) -> Factors:
     """The best k of the SVD of M (m, n), dense or sparse, by a random block Krylov space; Mt is M'.
 
-    Musco and Musco 2015: the span of all of MX, (MM')MX, ..., (MM')^(rounds-1) MX, 3k columns, of
-    which subspace iteration keeps only the last. PMI's spectrum is flat: it needs many narrow
-    blocks, not few wide ones. u (m, k), s (k,), v (n, k), signs as in `signed`; the same bits for a
-    seed. Raises ValueError unless 1 <= k <= min(m, n).
+    Musco and Musco 2015: the span of all of MX, (MM')MX, ..., (MM')^(rounds-1) MX, 3k columns (at
+    least 16 a block), of which subspace iteration keeps only the last. PMI's spectrum is flat: it
+    needs many narrow blocks, not few wide ones. u (m, k), s (k,), v (n, k), signs as in `signed`;
+    the same bits for a seed. Raises ValueError unless 1 <= k <= min(m, n).
     """
     (m, n), width = M.shape, max(16, -(-3 * k // rounds))
     if not 1 <= k <= min(m, n):
@@ -633,14 +634,14 @@ class Letters(dict):
 
 
 def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Factors:
-    """left, s, right: the SVD of what --model factors; N, its own mirror, makes M' of M's cells."""
+    """left, s, right of --model, as `krylov_svd` or `linear_skipgram`; counts are their own mirror."""
     i, j, n = count(tokens, docs, V, args.window)
     n = n.double() / args.window
     n_w = torch.bincount(i, n, minlength=V)
     if args.model == "ppmi":
         M = Mt = sparse(i, j, pmi(n, n_w[i], negatives_law(n_w, 1)[j], discount=1), V)
     else:
-        d = n_w.clamp(min=1e-30).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
+        d = torch.where(n_w > 0, n_w, 1).sqrt()  # linear_skipgram, T2: D_w^-1/2 N
         M, Mt = (sparse(i, j, n / d[word], V) for word in (i, j))
     torch.set_float32_matmul_precision("highest")  # a basis in TF32 is not orthonormal
     left, s, right = krylov_svd(M, Mt, min(args.dim, V), args.steps, args.seed)

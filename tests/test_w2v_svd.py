@@ -480,6 +480,21 @@ def test_sgns_objective_is_the_sum_over_all_cells_and_most_at_T5(V, k, bias, see
     assert w2v_objective.sgns_objective(N, w.sgns_optimum(N, n_w[:, None], P, k), P, k) >= got
 
 
+def test_a_word_without_a_pair_has_no_vector():
+    """Its row of D_w^-1/2 N is 0: rounding noise must not be divided by nothing."""
+    N = F.pad(counts(5), (0, 3, 0, 3)).float()
+    left, s, _ = w.linear_skipgram(N, 7)
+    assert left.abs().max() < 2 and (left * s)[5:].abs().max() < 1e-5
+    alone = [[word] * 6 for word in ("lone", "alone")]
+    g = torch.Generator().manual_seed(0)
+    lines = [[chr(97 + k) * 2 for k in torch.randint(9, (8,), generator=g).tolist()] for _ in range(40)]
+    Path("t.txt").write_text("\n".join([" ".join(line) for line in lines] + [word for words in alone for word in words]))
+    assert w.main("--data t.txt --model linear-skipgram --sample 0 --dim 11 --p 1".split()) == 0
+    words, W = w.read_vectors(Path("out/w2v_svd/vectors.bin"))
+    size = dict(zip(words, W.norm(dim=1).tolist()))
+    assert len(words) == 11 and max(size["lone"], size["alone"]) < 1e-5 and min(size[word] for word in lines[0]) > 1e-3
+
+
 def test_descent_on_counts_ends_where_the_softmax_can_go_no_lower():
     """T4: at full rank the least loss is the entropy of the contexts, given the word; Adam's net gets there."""
     N = counts(5)

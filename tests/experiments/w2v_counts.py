@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--most", type=int, default=3200, help="steps")
     opt = p.parse_args(argv)
     args = w.parse_args([f"--{name.replace('_', '-')}={getattr(opt, name)}" for name in
-                         ("data", "vocabulary", "min_count", "sample")])
+                         ("data", "vocabulary", "min_count", "sample", "seed")])
     words, n, tokens, docs = w.load_data(args, torch.device("cpu"), None)
     N = (w2v_arms.dense(*w.count(tokens, docs, len(words), opt.window), len(words)) / opt.window).float()
     P, dim = w.negatives_law(n, 0.75).float(), min(opt.dim, len(words))

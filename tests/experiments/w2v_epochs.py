@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--report", nargs="+", type=Path, required=True)
     for flag, default in (("--vocabulary", 5000), ("--min-count", 5), ("--dim", 100), ("--seed", 0), ("--steps", 0),
                           ("--sample", 1e-3)):
-        p.add_argument(flag, type=type(default), default=default, help="as in w2v_svd.py; --steps: of each training")
+        p.add_argument(flag, type=type(default), default=default, help="as in w2v_svd.py; --steps: of each training, for tests")
     p.add_argument("--arms", nargs="+", default=["skipgram", "cbow", "autoencoder"])
     p.add_argument("--gain", type=float, default=0.005)
     p.add_argument("--most", type=float, default=32.0, help="epochs")
