@@ -634,7 +634,7 @@ class Letters(dict):
 
 
 def solve(args: argparse.Namespace, tokens: Tensor, docs: Tensor, V: int) -> Factors:
-    """left, s, right of --model, as `krylov_svd` and `linear_skipgram` have them; N is symmetric."""
+    """left, s, right of --model, as `krylov_svd` or `linear_skipgram` has it; N is symmetric."""
     i, j, n = count(tokens, docs, V, args.window)
     n = n.double() / args.window
     n_w = torch.bincount(i, n, minlength=V)
