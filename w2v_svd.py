@@ -664,7 +664,8 @@ def descend(args: argparse.Namespace, tokens: Tensor, docs: Tensor, n: Tensor, s
     parts, law = build(args, V, device), negatives_law(n, 0.75).cumsum(0)
     first, net = restore(state, parts), parts["model"]
     batch, blocks, counts = args.batch_size // SPAN, -(-len(tokens) // SPAN), n.tolist()
-    high = args.lr if args.model == "skipgram" else args.lr / 2  # a bag's words move together
+    # departs: word2vec.c has twice the rate for bags; their words move together, so here half
+    high = args.lr if args.model == "skipgram" else args.lr / 2
 
     def save(step: int, end: bool) -> None:
         save_checkpoint(args, step, parts, counts=counts)

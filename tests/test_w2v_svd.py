@@ -485,14 +485,15 @@ def test_a_word_without_a_pair_has_no_vector():
     N = F.pad(counts(5), (0, 3, 0, 3)).float()
     left, s, _ = w.linear_skipgram(N, 7)
     assert left.abs().max() < 2 and (left * s)[5:].abs().max() < 1e-5
-    alone = [[word] * 6 for word in ("lone", "alone")]
-    g = torch.Generator().manual_seed(0)
-    lines = [[chr(97 + k) * 2 for k in torch.randint(9, (8,), generator=g).tolist()] for _ in range(40)]
-    Path("t.txt").write_text("\n".join([" ".join(line) for line in lines] + [word for words in alone for word in words]))
-    assert w.main("--data t.txt --model linear-skipgram --sample 0 --dim 11 --p 1".split()) == 0
-    words, W = w.read_vectors(Path("out/w2v_svd/vectors.bin"))
-    size = dict(zip(words, W.norm(dim=1).tolist()))
-    assert len(words) == 11 and max(size["lone"], size["alone"]) < 1e-5 and min(size[word] for word in lines[0]) > 1e-3
+    names = [f"{a}{b}" for a in "abcdefgh" for b in "abcdefgh"]
+    ids = torch.randint(64, (300, 8), generator=torch.Generator().manual_seed(0)).tolist()
+    Path("t.txt").write_text("\n".join([" ".join(names[k] for k in line) for line in ids] + ["lone", "alone", "apart"] * 6))
+    for k in (20, 67):
+        assert w.main(f"--data t.txt --model linear-skipgram --sample 0 --dim {k} --out out/{k}".split()) == 0
+        words, W = w.read_vectors(Path(f"out/{k}/vectors.bin"))
+        size = dict(zip(words, W.norm(dim=1).tolist()))
+        lone = [size.pop(word) for word in ("lone", "alone", "apart")]
+        assert len(size) == 64 and max(lone) < 1e-3 and min(size.values()) > 0.01
 
 
 def test_descent_on_counts_ends_where_the_softmax_can_go_no_lower():
