@@ -316,6 +316,7 @@ def krylov_svd(M: Tensor, Mt: Tensor, k: int, rounds: int = 30, seed: int = 0) -
 # ---- model: 4233's net N -> n -> N, trained by gradient ----
 
 SPAN = 32  # places in a block: their scores with each other are one matrix product
+S_0 = 4.0  # where Adagrad's sums of squares begin: from 0, a rare word's steps would be too long
 
 
 class Word2Vec(nn.Module):
@@ -330,8 +331,8 @@ class Word2Vec(nn.Module):
         self.model, self.loss = model, loss
         self.U = nn.Parameter((torch.rand(V, n) - 0.5) / n)
         self.out = nn.Parameter(torch.zeros(V, n))
-        self.register_buffer("U_sum", torch.zeros(V))  # of squares, for `learn`
-        self.register_buffer("out_sum", torch.zeros(V))
+        self.register_buffer("U_sum", torch.full((V,), S_0))  # of squares, for `learn`
+        self.register_buffer("out_sum", torch.full((V,), S_0))
 
     def forward(self, centre: Tensor, near: Tensor, weight: Tensor, negatives: Tensor,
                 k: int) -> tuple[Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
@@ -367,7 +368,7 @@ class Word2Vec(nn.Module):
         """A step down `forward`'s gradient, where a word may come many times.
 
         departs: word2vec has one rate for all rows; here a row's falls by what it has learnt, as
-        Adagrad's (Duchi et al. 2011, one sum a row), so it can be higher, and a batch large.
+        Adagrad's (Duchi et al. 2011, one sum a row, from S_0), so it can be higher, a batch large.
         """
         torch.sparse.check_sparse_tensor_invariants.disable()  # the default; unsaid, torch warns
         U, out = (self.U, self.U_sum), (self.out, self.out_sum)
@@ -376,7 +377,7 @@ class Word2Vec(nn.Module):
             once = torch.sparse_coo_tensor(at.reshape(1, -1), rows, W.shape).coalesce()
             at, g = once.indices()[0], once.values()  # each word once, with the sum of its rows
             total.index_add_(0, at, g.square().mean(1))
-            W.index_add_(0, at, g * (-lr * (total[at] + 1e-10).rsqrt())[:, None])
+            W.index_add_(0, at, g * (-lr * total[at].rsqrt())[:, None])
 
 
 def windows(tokens: Tensor, docs: Tensor, starts: Tensor, L: int,
@@ -706,6 +707,10 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     make_room(args)
     steps = args.steps or (30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size))
     args = argparse.Namespace(**vars(args) | dict(steps=steps))  # now that the text is known
+    if steps < 2 and not by_svd:
+        say("warning: one step moves no word vector: raise --epochs, or lower --batch-size")
+    if by_svd and args.dim > len(words):
+        say(f"warning: --dim {args.dim}: {len(words)} words have no more than {len(words)} numbers")
     items, unit = (1, "round") if by_svd else (args.batch_size, "word")
     progress = Progress(args, state["step"] if state else 0, 2 * len(words) * args.dim, items, unit)
     say(f"{n.sum():,} words, {len(words):,} of them different; --sample leaves {len(tokens):,}")

@@ -146,11 +146,11 @@ def test_the_gradient_by_hand_is_autograds(model, loss):
 
 @given(st.integers(2, 6), st.integers(1, 9), SEEDS)
 def test_a_step_is_adagrads_with_one_sum_a_row(V, count, seed):
-    """Word after word, float64: a sum of squares per row, its rate lr / sqrt(sum); rows without a word stay."""
+    """Word after word, float64: a sum of squares per row, at first 4, its rate lr / sqrt(sum); rows without a word stay."""
     net, g = w.Word2Vec(V, 3).double(), torch.Generator().manual_seed(seed)
-    net.U.data, net.out.data, net.U_sum[0] = draws(V, 3), draws(V, 3, seed=1), 4.0
+    net.U.data, net.out.data, net.U_sum[0] = draws(V, 3), draws(V, 3, seed=1), 9.0
     tables = dict(U=net.U.detach().clone(), out=net.out.detach().clone())
-    sums = dict(U=net.U_sum.clone(), out=net.out_sum.clone())
+    sums = dict(U=torch.tensor([9.0] + [4.0] * (V - 1), dtype=f64), out=torch.full((V,), 4.0, dtype=f64))
     parts = [(torch.randint(V, (1, count), generator=g), draws(1, count, 3, seed=seed + i)) for i in range(3)]
     for name, (at, rows) in zip(("U", "out", "out"), parts):
         for word in set(at[0].tolist()):
@@ -1154,7 +1154,7 @@ def test_descent_again_naively(changed):
     lines = subsampled(lines, V, o["sample"], o["seed"])
     torch.manual_seed(o["seed"])
     U, out = ((torch.rand(V, o["dim"]) - 0.5) / o["dim"]).double(), torch.zeros(V, o["dim"], dtype=f64)
-    sums, high = {"U": np.zeros(V), "out": np.zeros(V)}, o["lr"] if o["model"] == "skipgram" else o["lr"] / 2
+    sums, high = {"U": np.full(V, 4.0), "out": np.full(V, 4.0)}, o["lr"] if o["model"] == "skipgram" else o["lr"] / 2
     blocks, a_step, order = math.ceil(sum(map(len, lines)) / 32), o["batch_size"] // 32, []
     for epoch in range(9):
         order += torch.randperm(blocks, generator=w.generator("cpu", o["seed"], epoch, 9)).tolist()
@@ -1170,7 +1170,7 @@ def test_descent_again_naively(changed):
             for word in {word for word, _ in part}:
                 row = sum(row for other, row in part if other == word)
                 total[word] += row.square().mean().item()
-                W[word] -= high * (1 - step / o["steps"]) * row / math.sqrt(total[word] + 1e-10)
+                W[word] -= high * (1 - step / o["steps"]) * row / math.sqrt(total[word])
     state = torch.load("out/w2v_svd/ckpt.pt", weights_only=True)
     assert state["step"] == o["steps"]
     for name, table in (("U", U), ("out", out)):
@@ -1212,6 +1212,17 @@ def test_epochs_are_passes_over_the_text_where_steps_are_none():
         out = f"{model}{steps}"
         assert w.main([*BASE, f"--model={model}", "--batch-size=64", f"--out={out}", *flags]) == 0
         assert json.loads(Path(out, "metrics.json").read_text())["step"] == steps
+
+
+def test_what_cannot_be_learnt_is_said(capsys):
+    """One step leaves U where it was, and a matrix of eight words has eight numbers a word: a warning, else none."""
+    write_text()
+    for flags, warned in (("--model=skipgram --epochs=0.01", "one step moves no word vector"), ("--model=skipgram --steps=2", ""),
+                          ("--dim=9", "--dim 9: 8 words have no more than 8"), ("--dim=8", ""), ("--dim=9 --steps=1", "--dim 9"),
+                          ("--model=cbow --dim=9 --steps=2", "")):
+        assert w.main([*BASE, *flags.split()]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+        assert len(said) == bool(warned) and all(warned in line for line in said)
 
 
 def test_the_bare_run_of_descent_goes_on_to_its_own_last_step():
