@@ -850,7 +850,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         # flag       CPU        --gpu      --paper   least  meaning
         data=       ("python",  "python",  "enwik8",  None, "python (the standard library's "
                      "sources), shakespeare, enwik8, text8, or a file, also .gz .bz2 .xz .zip"),
-        steps=      (2000,      1500,      125_000,   1, "in all, resumed ones included"),
+        steps=      (2000,      600,       125_000,   1, "in all, resumed ones included"),
         batch_size= (4,         16,        128,       1, "global, over all processes"),
         seed=       (0,                               0, "of weights, noise and order"),
         attention=  ("vq",      ATTENTIONS, "vq: 9844 (10); exact: raw keys; window: no "
