@@ -452,7 +452,10 @@ def test_a_second_ctrl_c_ends_at_once(script, monkeypatch, pause):
         signal.raise_signal(signal.SIGINT)
         steps.append("went on")
     at_step(monkeypatch, script, 3, twice)
-    script.ended(script("--steps 9 --save-every 2"), 130, "interrupted", "--resume")
+    result = script("--steps 9 --save-every 2")
+    script.ended(result, 130, "interrupted", "--resume goes on; say --")
+    again = re.findall("--[a-z-]+", result[2].partition("; say ")[2])
+    assert "--save-every" in again and not {"--steps", "--batch-size", "--out", "--resume"} & {*again}
     assert (state(script.out)["step"], steps) == ((3, ["went on"]) if pause < 1 else (2, []))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import w2v_svd as w  # noqa: E402
 
-ARMS = {"as in the script": {}, "windows drawn, not in expectation": dict(drawn=True),
+ARMS = {"as in the script": {}, "Adagrad's sums from 0, not S_0": dict(start=1e-10), "windows drawn, not in expectation": dict(drawn=True),
         "8 negatives for 32 places": dict(K=8), "256 negatives for a whole step": dict(groups=1, K=256),
         "SGD, word2vec's rate of .025": dict(rule="sgd", lr=0.025),
         "SGD, rate .1": dict(rule="sgd", lr=0.1), "SGD, rate .1, 128 places a step": dict(rule="sgd", lr=0.1, blocks=4),
@@ -46,10 +46,12 @@ def updates(net: w.Word2Vec, rule: str) -> Callable[[float, list[tuple[Tensor, T
 
 @torch.no_grad()
 def train(tokens: Tensor, docs: Tensor, n: Tensor, opt: argparse.Namespace, drawn: bool = False, groups: int = 0,
-          K: int = 32, rule: str = "adagrad", lr: float = 0.4, blocks: int = 32) -> Tensor:
+          K: int = 32, rule: str = "adagrad", lr: float = 0.4, blocks: int = 32, start: float = w.S_0) -> Tensor:
     """The word vectors after one pass, or --steps: `descend`'s loop with skip-gram and negative sampling."""
     torch.manual_seed(opt.seed)
     net, law, L = w.Word2Vec(len(n), opt.dim), w.negatives_law(n, 0.75).cumsum(0), 5
+    for sums in (net.U_sum, net.out_sum):
+        sums.fill_(start)
     learn, total = updates(net, rule), -(-len(tokens) // w.SPAN)
     steps = opt.steps or -(-total // blocks)
     for step in range(steps):
