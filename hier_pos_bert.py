@@ -680,7 +680,8 @@ def load_labelled(args: argparse.Namespace, device: torch.device, vocab: dict, n
             label = numbers.setdefault(str(row["label"]), len(numbers))
             rows.append(F.pad(tokens, (1, 0), value=label))
     except UserError as error:
-        raise UserError(str(error).replace("--data", "--classify")) from None
+        line = str(error).partition(", nor one of")[0]  # python, enwik8, ... have no labels
+        raise UserError(line.replace("--data", "--classify")) from None
     except (ValueError, LookupError, AttributeError):
         raise UserError(f"{what}, line {k}: not label, tab, text, nor CLUE's JSON") from None
     if len(rows) < 10 or not 2 <= len(numbers) <= len(rows) / 2:
