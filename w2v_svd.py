@@ -592,14 +592,14 @@ def load_data(args: argparse.Namespace, device: torch.device,
     new[order] = torch.arange(len(order), dtype=torch.int32)
     tokens, docs = new[ids], (ids == 0).cumsum(0, dtype=torch.int32)
     tokens, docs, n = tokens[tokens >= 0], docs[tokens >= 0], n[order]
+    if state and state.get("counts") != n.tolist():
+        raise UserError(f"--data {args.data}: is not the text that ckpt.pt was trained on")
     draw = torch.rand(len(tokens), generator=generator("cpu", args.seed, 0, 8))
     stays = draw < keep(n.double() / n.sum(), args.sample)[tokens.long()]
     tokens, docs = tokens[stays], docs[stays]
     if len(n) < 2 or not (docs[1:] == docs[:-1]).any():
         raise UserError(f"--data {args.data}: {len(n):,} words come {args.min_count} times or more "
                         "(--min-count), and of those that --sample leaves no line has two")
-    if state and state.get("counts") != n.tolist():
-        raise UserError(f"--data {args.data}: is not the text that ckpt.pt was trained on")
     return [names[k] for k in order], n.to(device), tokens.to(device), docs.to(device)
 
 
@@ -708,7 +708,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
     steps = args.steps or (30 if by_svd else math.ceil(args.epochs * len(tokens) / args.batch_size))
     args = argparse.Namespace(**vars(args) | dict(steps=steps))  # now that the text is known
     if steps < 2 and not by_svd:
-        say("warning: one step moves no word vector: raise --epochs, or lower --batch-size")
+        say("warning: one step moves no word vector; it takes more --steps, or --epochs")
     if by_svd and args.dim > len(words):
         say(f"warning: --dim {args.dim}: {len(words)} words have no more than {len(words)} numbers")
     items, unit = (1, "round") if by_svd else (args.batch_size, "word")
