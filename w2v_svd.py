@@ -561,10 +561,13 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.resume is None:
         raise UserError(f"--resume: {args.out} has the vectors of an SVD, which has no steps to go "
                         "on with and leaves no ckpt.pt; begin anew without it")
-    descent = {"loss", "negative", "shared_negatives", "lr", "epochs"}
-    idle = args.given & (descent if args.model in BY_SVD else {"p"})
-    if idle and not args.resume:
-        raise UserError(f"--{min(idle).replace('_', '-')}: is not for --model {args.model}")
+    idle, kind = {"p"}, f"--model {args.model}"
+    if args.model in BY_SVD:
+        idle = {"loss", "negative", "shared_negatives", "lr", "epochs"}
+    elif args.loss == "softmax":
+        idle, kind = {"p", "negative", "shared_negatives"}, "--loss softmax"
+    if args.given & idle and not args.resume:
+        raise UserError(f"--{min(args.given & idle).replace('_', '-')}: is not for {kind}")
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {SPAN * RANKS}")
     if args.window > 1000:

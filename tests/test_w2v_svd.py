@@ -1147,7 +1147,8 @@ def test_descent_again_naively(changed):
     """Five steps: the same weights by plain loops over the text, Adagrad's rule row by row, a rate that falls to zero."""
     write_text()
     o = SGD | changed
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in o.items() if name != "plus"]
+    unused = {"plus"} | ({"negative", "shared_negatives"} if o["loss"] == "softmax" else set())
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in o.items() if name not in unused]
     assert w.main(["--data", "t.txt", *flags, *["--plus"] * o["plus"]]) == 0
     words, lines = read_text(1, o["vocabulary"])
     V, law = len(words), np.cumsum(np.bincount(sum(lines, [])) ** 0.75)
@@ -1190,8 +1191,8 @@ def test_the_loss_that_is_logged_is_a_mean_per_pair():
     for loss, want in (("negative", 4 * math.log(2)), ("softmax", math.log(8))):
         for model in ("skipgram", "cbow", "autoencoder"):
             out = f"{model}_{loss}"
-            assert w.main([*BASE, f"--model={model}", f"--loss={loss}", "--negative=3", "--steps=1", "--lr=0.02",
-                           f"--out={out}"]) == 0
+            assert w.main([*BASE, f"--model={model}", f"--loss={loss}", "--steps=1", "--lr=0.02", f"--out={out}",
+                           *["--negative=3"] * (loss == "negative")]) == 0
             row = Path(out, "log.csv").read_text().splitlines()[1].split(",")
             assert float(row[4]) == pytest.approx(want, rel=1e-5)
             assert float(row[5]) == (0.02 if model == "skipgram" else 0.01)
@@ -1321,7 +1322,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_or_another_round_othe
 def test_descent_reaches_what_T4_and_T5_say(loss):
     """Skip-Gram on a text comes within 10 % of the least there is at full rank, and not below."""
     write_text()
-    flags = ["--steps=300", "--lr=0.5", "--batch-size=512", "--dim=8", "--shared-negatives=64", "--window=2"]
+    flags = ["--steps=300", "--lr=0.5", "--batch-size=512", "--dim=8", "--window=2"]
+    flags += ["--shared-negatives=64"] * (loss == "negative")
     assert w.main([*BASE, "--model=skipgram", f"--loss={loss}", *flags]) == 0
     last = float(Path("out/w2v_svd/log.csv").read_text().splitlines()[-1].split(",")[4])  # a mean over some steps
     words, lines = read_text()
@@ -1375,6 +1377,9 @@ def test_flags_at_their_limits_go(argv):
     (["--lr", "0.1", "--model", "linear-skipgram"], "--lr: is not for --model linear-skipgram"),
     (["--loss", "softmax"], "--loss: is not for --model ppmi"),
     (["--p", "0", "--model", "cbow"], "--p: is not for --model cbow"),
+    (["--loss", "softmax", "--model", "cbow", "--shared-negatives", "8"], "--shared-negatives: is not for --loss softmax"),
+    (["--loss", "softmax", "--model", "skipgram", "--negative", "5"], "--negative: is not for --loss softmax"),
+    (["--negative", "5"], "--negative: is not for --model ppmi"),
     ([*BASE, "--p", "1e9"], "too large for float32"),
     (["--query", "a"], "vectors.bin"),
     (["--vectors", "none.bin"], "none.bin: No such file"),
