@@ -597,6 +597,7 @@ def load_data(args: argparse.Namespace, device: torch.device,
     tokens, docs, n = tokens[tokens >= 0], docs[tokens >= 0], n[order]
     if state and state.get("counts") != n.tolist():
         raise UserError(f"--data {args.data}: is not the text that ckpt.pt was trained on")
+    # departs: subsampled once; word2vec.c draws anew in each pass, which an SVD has not
     draw = torch.rand(len(tokens), generator=generator("cpu", args.seed, 0, 8))
     stays = draw < keep(n.double() / n.sum(), args.sample)[tokens.long()]
     tokens, docs = tokens[stays], docs[stays]

@@ -18,7 +18,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import w2v_svd as w  # noqa: E402
 
-ARMS = {"as in the script": {}, "Adagrad's sums from 0, not S_0": dict(start=1e-10), "windows drawn, not in expectation": dict(drawn=True),
+ARMS = {"as in the script": {}, "Adagrad's sums from 0, not S_0": dict(start=1e-10),
+        "windows drawn, not in expectation": dict(drawn=True),
         "8 negatives for 32 places": dict(K=8), "256 negatives for a whole step": dict(groups=1, K=256),
         "SGD, word2vec's rate of .025": dict(rule="sgd", lr=0.025),
         "SGD, rate .1": dict(rule="sgd", lr=0.1), "SGD, rate .1, 128 places a step": dict(rule="sgd", lr=0.1, blocks=4),
