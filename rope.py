@@ -764,10 +764,9 @@ def run(body: Callable, args: argparse.Namespace, check: Callable) -> int:
             raise
         if isinstance(error, KeyboardInterrupt):
             saved = args.own and (Path(args.out) / "ckpt.pt").exists()
-            again = args.given - {*args.config, "out", "resume"}  # which no checkpoint has
-            again = ", ".join(sorted(f"--{name.replace('_', '-')}" for name in again))
-            line = "interrupted" + f"; saved, --out {args.out} --resume goes on" * saved
-            line += f"; say {again} again" * bool(saved and again)
+            free = sorted(args.given - {*args.config, "out", "resume"})  # no checkpoint has them
+            again = f"; say --{', --'.join(free).replace('_', '-')} again" * bool(free)
+            line = "interrupted" + f"; saved, --out {args.out} --resume goes on{again}" * saved
         alike = KeyboardInterrupt, UserError, FloatingPointError  # on all ranks
         if not (RANK and (lost or isinstance(error, alike))):
             tell("stderr", "\n" * sys.stdout.isatty() + f"{args.script}.py: {line}")
