@@ -91,7 +91,7 @@ def distance(x: Tensor, z_r: Tensor, x_f: Tensor, z: Tensor, least: float = 1e-3
 def qp_critic_loss(real: Tensor, fake: Tensor, d: Tensor, lam: float) -> Tensor:
     """What T descends, (B,): minus the bracket of 6163 (12), from the scores (B,) of both pairs.
 
-    Real i is paired with fake i only. At the best T it is minus half of the mean of Delta T.
+    Real i is paired with fake i only. At the best T its mean is minus half that of Delta T.
     """
     delta_T = real - fake  # 6214 (2), as simplified below it: a T of one pair
     return delta_T.square() / (2 * lam * d) - delta_T  # 6163 (12), 6214 (1)

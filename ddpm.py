@@ -28,7 +28,8 @@ Map     9119 (1)   noise -> sample, as bricks -> tower                          
         9119 (19)  log bar_alpha_T < -0.005 (T + 1)                                 test
 Symbols alpha_t^2 + beta_t^2 = 1 as in the post: the paper's alpha_t is alpha[t]**2, its beta_t is
         beta[t]**2, and sigma_t = beta_t is a standard deviation. `net` is the paper's eps_theta,
-        which is (bar_beta_t / beta_t) times the post's: `net` in (15), beta_t^2/bar_beta_t in (16).
+        which is (bar_beta_t / beta_t) times the post's: so (15) has `net` alone, and (16) has
+        beta_t^2/bar_beta_t `net` where the post has beta_t eps_theta.
         e is what net says of x_t, an estimate of eps; z is the fresh noise of a step back.
 Shapes  B batch, C channels, H height, W width, T steps; t (B,) counts 1..T; s, the schedule, has
         rows (T+1,), where 0 is "nothing torn down yet". x0, xt, eps, e, z: (B, C, H, W). Pictures
@@ -447,6 +448,7 @@ def check_flags(args: argparse.Namespace) -> None:
             ("sample_steps" in args.given and args.sample_steps > args.T,
              f"--sample-steps {args.sample_steps}: T is {args.T}"),
             ("eta" in args.given and not args.sample_steps, "--eta: not with --sample-steps 0"),
+            (args.eta > 1, "--eta: 1 at most"),
             ("sigma" in args.given and args.sample_steps, "--sigma: with --sample-steps 0 only")):
         if wrong:
             raise UserError(why)
@@ -517,7 +519,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         with autocast(args):
             value = loss(wrapped, x0, t, eps, s).mean()
         value.backward()
-        nn.utils.clip_grad_norm_(params, args.clip_grad)
+        nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
         opt.step()
         opt.zero_grad()
         update_ema(averages, live, step, args.ema)
@@ -579,7 +581,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         lr=         (2e-3,      5e-4,         2e-4,         0, "Adam's learning rate"),
         warmup=     (50,        100,          5000,         1, "steps of linear warm-up"),
         decay=      (True,      True,         False,        None, "cosine of the rate to zero"),
-        clip_grad=  (1.0,                                   0, "largest norm of the gradient"),
+        clip_grad=  (1.0,                                   0, "largest gradient norm, 0: any"),
         ema=        (0.99,      0.995,        0.9999,       0, "decay of the average that draws"),
     )
     others = dict(

@@ -65,7 +65,7 @@ from torch import Tensor, nn
 # ---- the post: 7947 ----
 
 def digits(positions: Tensor, n: int, rows: int) -> tuple[Tensor, Tensor]:
-    """i - 1 and j - 1 of position (i - 1) n + j, counted from 0: its two digits in base n.
+    """The two digits in base n of positions counted from 0: the post's i - 1 and j - 1.
 
     Raises ValueError for a position that is not in [0, rows n): there are no more codes. On a GPU,
     where this would wait, and compiled, which it would cut, looking the rows up fails instead.
@@ -92,7 +92,7 @@ def base(p: Tensor, alpha: float) -> Tensor:
 def compose(u: Tensor, alpha: float, positions: Tensor) -> Tensor:
     """7947 (1): codes (..., W) of `positions` (...), each from two rows of u (n, W)."""
     i, j = digits(positions, len(u), len(u))
-    return check_alpha(alpha) * u[i] + (1 - alpha) * u[j]  # 7947 (1)
+    return check_alpha(alpha) * F.embedding(i, u) + (1 - alpha) * u[j]  # 7947 (1)
 
 
 def hierarchical_positions(p: Tensor, alpha: float, positions: Tensor, anchor: int = 0) -> Tensor:
@@ -103,8 +103,9 @@ def hierarchical_positions(p: Tensor, alpha: float, positions: Tensor, anchor: i
     """
     beta = check_alpha(alpha) / (1 - alpha)
     i, j = digits(positions, len(p), len(p) - anchor)
-    # minus +0 leaves even -0 as it is; F.embedding(j, p) is p[j] that refuses j < 0
-    return F.embedding(j, p) - beta * (p[anchor] - F.embedding(anchor + i, p))
+    first = p[anchor:]  # F.embedding(i, first) is first[i] that refuses i < 0, of a position < 0
+    # p_j + beta (p_i - p_1), turned round: minus +0 leaves even -0 as it is
+    return F.embedding(j, p) - beta * (first[0] - F.embedding(i, first))
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ class Embeddings(nn.Module):
 
 
 class Residual(nn.Module):
-    """Post-norm: LayerNorm(x + dense(y)). departs: no dropout, in no place."""
+    """Post-norm: LayerNorm(x + dense(y)). departs: no dropout, here or elsewhere."""
 
     def __init__(self, inner: int, c: dict):
         super().__init__()
@@ -266,8 +267,8 @@ class Classifier(nn.Module):
 
 
 def stretch(net: Bert, way: str, length: int, alpha: float, g: torch.Generator) -> Bert:
-    """A copy of net for `length` positions, by one of WAYS: p stays the parameter of the first two,
-    the others have a table of `length` rows, each a parameter from now on."""
+    """A copy of net for `length` positions, by one of WAYS: p stays the parameter of hierarchical
+    and anchor, the others have a table of `length` rows, each a parameter from now on."""
     net, n = copy.deepcopy(net), len(net.positions)
     embeddings = net.bert["embeddings"]
     if way in ("hierarchical", "anchor"):
@@ -645,6 +646,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise UserError(f"--arms {' '.join(sorted(wrong))}: not one of {', '.join(WAYS)}")
     if args.classify and not args.tune_steps:
         raise UserError("--classify: labels are learnt in --tune-steps, which are 0")
+    if args.classify and args.stretch_only:
+        raise UserError("--stretch-only: trains nothing, so --classify learns nothing")
+    if args.classify and not args.steps and "data" in args.given:
+        raise UserError(f"--data {args.data}: with --classify and --steps 0 no text is read")
     if args.stretch_only and not (args.bert or args.resume):
         raise UserError("--stretch-only: needs --bert or --resume")
     if not 0 < args.alpha < 1 or args.alpha == 0.5:
@@ -703,8 +708,9 @@ def read_start(args: argparse.Namespace) -> tuple[dict, dict[str, Tensor], dict]
     if c["vocab_size"] < len(vocab["words"]):
         raise UserError(f"--bert {args.bert}: {len(vocab['words'])} words for {c['vocab_size']}")
     if args.times >= n:
-        raise UserError(f"--times {args.times}: {n} positions are good for {n - 1} times as many")
-    if args.eval_tokens < args.times * n or args.span > args.times * n - 2:
+        raise UserError(f"--times {args.times}: {n - 1} at most, where the anchor's codes end")
+    if not (args.stretch_only or args.classify) and (
+            args.eval_tokens < args.times * n or args.span > args.times * n - 2):
         raise UserError(f"--eval-tokens {args.eval_tokens}, --span {args.span}: a window has "
                         f"{args.times * n} tokens, two of them [CLS] and [SEP]")
     return c, weights, vocab
@@ -799,7 +805,7 @@ def tune(net: nn.Module, loss: Callable, text: Tensor, length: int, rows: int, v
         opt.param_groups[0]["lr"] = learning_rate(step, args.tune_steps, height, args.warmup)
         g = generator(text.device, args.seed, step, 2)
         value = loss(wrapped, text, length, rows, g, vocab, args)
-        learn(wrapped, opt, value, args.clip_grad)
+        learn(wrapped, opt, value, args.clip_grad or math.inf)
         if step + 1 == args.tune_steps and not value.isfinite():
             raise FloatingPointError(f"tuning at {length}: loss {value}; a smaller --tune-lr?")
     return net
@@ -833,7 +839,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         lr = opt.param_groups[0]["lr"] = learning_rate(step, args.steps, height, args.warmup)
         g = generator(device, args.seed, step)
         value = masked_loss(wrapped, text, n, args.batch_size, g, vocab, args)
-        progress.add(step + 1, loss=learn(wrapped, opt, value, args.clip_grad), lr=lr)
+        progress.add(step + 1, loss=learn(wrapped, opt, value, args.clip_grad or math.inf), lr=lr)
     seconds = time.perf_counter() - progress.begin
     metrics = report(net, text, test, vocab, args) if documents is None else \
         classify(net, documents, vocab, args)
@@ -862,6 +868,7 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict | No
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, a row each; there is no --paper: the post's run is three flags, see Run."""
     experiment = dict(
         # flag       CPU        --gpu      least  meaning
         data=       ("python",             None, "python (the standard library's sources), "
@@ -878,7 +885,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         lr=         (0.0,                  0, "Adam's learning rate at its height; 0: 2e-3, with "
                      "--gpu 1e-3, with --bert 1e-4"),
         warmup=     (50,        200,       1, "steps of linear warm-up, in tuning too"),
-        clip_grad=  (1.0,                  0, "largest norm of the gradient"),
+        clip_grad=  (1.0,                  0, "largest gradient norm, 0: any"),
     )
     others = dict(
         save_every= (1000,                 1, "steps between checkpoints, with a validation"),

@@ -127,7 +127,7 @@ def group_counts(scales: int, groups: int, least: int) -> list[int]:
 
 
 def latent_numbers(counts: list[int], side: int, latent: int) -> int:
-    """7574 (6): in all groups of `latent` channels, if the finest scale has side x side pixels."""
+    """7574 (6): how many numbers z has: groups of `latent` channels, the finest of side x side."""
     return sum(n * (side >> k) ** 2 for k, n in enumerate(counts)) * latent  # 7574 (6)
 
 
@@ -525,24 +525,25 @@ class NVAE(nn.Module):
 
         widths = [c << k for k in scale]  # c: the finest scale's channels
         self.tower = nn.ModuleList()  # a part for each group, from the finest up to z_1
-        for below, c in itertools.pairwise([c, *widths[::-1]]):
-            halve = [encode(below, c)] if below < c else []
-            self.tower.append(nn.Sequential(*halve, *(encode(c, c) for _ in range(cells))))
-        self.top = nn.Sequential(nn.ELU(), Conv(c, c), nn.ELU())
-        self.h = nn.Parameter(torch.randn(1, c, *self.shapes[0][1:]))
-        self.groups = nn.ModuleList([Group([], c, latent, True, flows)])  # from z_1 down
-        for above, c in itertools.pairwise(widths):
-            double = [decode(above, c, expand)] if above > c else []
-            path = [*double, *(decode(c, c, expand) for _ in range(cells))]
-            self.groups.append(Group(path, c, latent, False, flows))
+        for below, here in itertools.pairwise([c, *widths[::-1]]):
+            halve = [encode(below, here)] if below < here else []
+            self.tower.append(nn.Sequential(*halve, *(encode(here, here) for _ in range(cells))))
+        top = widths[0]  # z_1's
+        self.top = nn.Sequential(nn.ELU(), Conv(top, top), nn.ELU())
+        self.h = nn.Parameter(torch.randn(1, top, *self.shapes[0][1:]))
+        self.groups = nn.ModuleList([Group([], top, latent, True, flows)])  # from z_1 down
+        for above, here in itertools.pairwise(widths):
+            double = [decode(above, here, expand)] if above > here else []
+            path = [*double, *(decode(here, here, expand) for _ in range(cells))]
+            self.groups.append(Group(path, here, latent, False, flows))
 
         last = Conv(width, (1 if grey else 10 * mixtures) * patch ** 2, 3 if patch == 1 else 1)
         self.post = nn.Sequential(*post, nn.ELU(), last, nn.PixelShuffle(patch))
         self.register_buffer("floor", torch.tensor(0.0))  # of log-scales; train lets it fall
         areas = torch.tensor([(fine >> k) ** 2 / counts[k] for k in scale])
-        self.register_buffer("areas", areas / areas.min(), persistent=False)
+        self.register_buffer("areas", areas, persistent=False)
         if not grey:
-            with torch.no_grad():  # begin with wide scales, and means that differ
+            with torch.no_grad():  # departs: begins with narrow scales, and means that differ
                 last.log_norm -= 1.2
                 bias = last.bias.view(10, mixtures, -1)
                 bias[1:4] = torch.linspace(-0.5, 0.5, mixtures + 2)[1:-1, None]
@@ -678,7 +679,7 @@ def check_flags(args: argparse.Namespace) -> None:
     for wrong, why in (
             (args.ema >= 1, "--ema: below 1"),
             (max(args.warmup, args.kl_warmup) > 1, "--warmup, --kl-warmup: shares of all steps"),
-            (not 2 <= args.bits <= 8, "--bits: 2 to 8"),
+            (args.bits > 8, "--bits: 2 to 8"),
             (args.width % 4, "--width: a multiple of 4, for the four phases of a pixel"),
             (args.patch > 1 and args.stem, "--stem: --patch 1; one of them makes pictures small")):
         if wrong:
@@ -691,6 +692,10 @@ def load_data(args: argparse.Namespace, device: torch.device,
     x, x_test, _, _ = load_images(args, state, device)
     if x.shape[2] != x.shape[3]:
         raise UserError(f"--data {args.data}: {tuple(x.shape[2:])}: squares are needed")
+    idle = sorted({"bits", "mixtures", "floor", "first_floor"} & args.given)
+    if x.shape[1] == 1 and idle:
+        raise UserError(f"--{', --'.join(idle).replace('_', '-')}: of colours; --data {args.data} "
+                        "is grey")
     return x, x_test
 
 

@@ -74,7 +74,7 @@ def avg(h: Tensor) -> Tensor:
 
 def std(h: Tensor) -> Tensor:
     """6409 (2), (B,): over n_z, not n_z - 1; from 1e-4 up, so that a constant code does no harm."""
-    return h.var(1, correction=0).clamp(min=1e-8).sqrt()  # 6409 (2)
+    return h.var(1, correction=0).clamp(min=1e-8).sqrt()  # 6409 (2); departs: a floor
 
 
 def normalize(h: Tensor) -> Tensor:
@@ -230,8 +230,7 @@ def optimizer(nets: OGan, args: argparse.Namespace) -> torch.optim.Optimizer:
 def train(args: argparse.Namespace, device: torch.device, state: dict | None) -> None:
     """The whole run: data, loop, checkpoints, pictures, metrics.json."""
     pool, held_out, labels, held_out_labels = load_data(args, device, state)
-    shape = pool.shape[1:]
-    nets = build(args, shape, device)
+    nets = build(args, pool.shape[1:], device)
     fresh, ema = copy.deepcopy(nets).eval(), copy.deepcopy(nets).eval()
     E_params, G_params = list(nets.E.parameters()), list(nets.G.parameters())
     live, averages, opt = floats(nets), floats(ema), optimizer(nets, args)

@@ -224,7 +224,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str = "interleaved") -> 
     """8265 (13): R_n x_n for x (..., L, d), cos and sin (..., L, d/2), in float32 at least.
 
     layout: pairs are (q_2i, q_2i+1), "interleaved" as in the post, or (q_i, q_i+d/2), "half".
-    Raises ValueError for a table of other positions than x has: it would broadcast silently.
+    Raises ValueError for a table of other positions than x has: it would broadcast silently;
+    KeyError for another layout.
     """
     if not cos.shape[-2:] == sin.shape[-2:] == (x.shape[-2], x.shape[-1] // 2):
         raise ValueError(f"x {tuple(x.shape)}: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}")
@@ -604,7 +605,7 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
         with autocast(args):
             value = loss(wrapped, tokens).mean()
         value.backward()
-        nn.utils.clip_grad_norm_(params, args.clip_grad)
+        nn.utils.clip_grad_norm_(params, args.clip_grad or math.inf)
         opt.step()
         opt.zero_grad()
         progress.add(step + 1, bits=value.detach(), lr=lr)
@@ -632,6 +633,7 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, a row each."""
     experiment = dict(
         # flag       CPU        --gpu      least  meaning
         data=       ("python",             None, "python (the standard library's sources), "
@@ -647,7 +649,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         heads=      (8,                    1, "of attention; an even share of the width each"),
         lr=         (4e-3,      1e-3,      0, "Adam's learning rate at its height"),
         warmup=     (50,        100,       1, "steps of linear warm-up"),
-        clip_grad=  (1.0,                  0, "largest norm of the gradient"),
+        clip_grad=  (1.0,                  0, "largest gradient norm, 0: any"),
     )
     others = dict(
         save_every= (1000,                 1, "steps between checkpoints, with texts and "

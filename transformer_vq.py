@@ -175,6 +175,7 @@ def vq_attention(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, codebook: Ten
     q, k_hat (B, n, d_k), ids (B, n), v (B, n, d_v), bias (M+1,) or (B, n, M+1). M is the window,
     `block` only how many tokens are computed at once. 9844 (7), (8): no window, bias (1,) = 0.
     Keys in reach of a block get their gradient, U passes none; with `through` it does to values.
+    at_once: by `blocks_at_once`, as with `through`; the same numbers, more memory.
     """
     # The post defines U_i with sum_{j<i} before (8), but (8) and (10) need j <= i, as their
     # recursion has it. Of (10) it stops the gradient of U_{i-2}, there called U_{i-1}.
@@ -200,8 +201,9 @@ class Blocks(torch.autograd.Function):
     def each(q: Tensor, k_hat: Tensor, ids: Tensor, v: Tensor, B: Tensor, codebook: Tensor,
              U: Tensor, count: Tensor) -> Iterator[tuple]:
         """For each block: its place in q; with its window, in k_hat; its part of B (1 or B, 1 or
-        m, L, M+L); exp(q C_s) (B, L, c) and exp(q k_hat + B) (B, L, w+L), over their denominator.
-        Then U and count take in, in place, what leaves the window. All have U's dtype."""
+        m, L, M+L); count_s exp(q C_s) (B, L, c) and exp(q k_hat + B) (B, L, w+L), over their
+        denominator; each code's mean value (B, c, d_v). Then U and count take in, in place, what
+        leaves the window. All have U's dtype."""
         past, L, C = k_hat.shape[1] - q.shape[1], B.shape[-2], codebook.T.expand(len(q), -1, -1)
         M = B.shape[-1] - L
         room = q.new_empty(len(q), L, len(codebook) + M + L)  # stays in the processor's cache
@@ -216,8 +218,8 @@ class Blocks(torch.autograd.Function):
             torch.baddbmm(count[:, None, :c].log(), q_i, C[..., :c], out=far)
             torch.baddbmm(B[part], q_i, k_hat[:, first:end].mT, out=near)
             torch.softmax(scores, -1, out=scores)
-            far /= count[:, None, :c].clamp(min=1)  # the weight of one token of a code
-            yield slice(start - past, end - past), slice(first, end), part, far, near
+            mean = U[:, :c] / count[:, :c, None].clamp(min=1)
+            yield slice(start - past, end - past), slice(first, end), part, far, near, mean
             old = slice(first, max(first, end - M))
             accumulate(U, count, ids[:, old], v[:, old])  # 9844 (8), (10)
 
@@ -227,9 +229,9 @@ class Blocks(torch.autograd.Function):
         q, k_hat, ids, v, B, C, U, count = inputs
         U, count, out = U.clone(), count.clone(), v.new_empty(*q.shape[:2], v.shape[-1])
         q, k_hat, B, C = (part.to(U.dtype) for part in (q, k_hat, B, C))
-        for here, window, _, far, near in Blocks.each(q, k_hat, ids, v, B, C, U, count):
-            far, near, sums = (x.to(v.dtype) for x in (far, near, U[:, :far.shape[-1]]))
-            torch.bmm(far, sums, out=out[:, here]).baddbmm_(near, v[:, window])  # 9844 (7), (10)
+        for here, window, _, *parts in Blocks.each(q, k_hat, ids, v, B, C, U, count):
+            far, near, mean = (part.to(v.dtype) for part in parts)
+            torch.bmm(far, mean, out=out[:, here]).baddbmm_(near, v[:, window])  # 9844 (7), (10)
         ctx.save_for_backward(*inputs, out)
         ctx.mark_non_differentiable(U, count)
         return out, U, count
@@ -241,17 +243,15 @@ class Blocks(torch.autograd.Function):
         q, k_hat, ids, v, B, C, U, count, out = ctx.saved_tensors
         q, k_hat, v, B, C, out, g = (x.to(U.dtype) for x in (q, k_hat, v, B, C, out, grad))
         dq, dk, dv, dB = (torch.zeros_like(part) for part in (q, k_hat, v, B))
-        U, count, mean = U.clone(), count.clone(), (g * out).sum(-1, keepdim=True)
+        U, count, dO_O = U.clone(), count.clone(), (g * out).sum(-1, keepdim=True)
         room = q.new_empty(len(q), B.shape[-2] * max(len(C), B.shape[-1]))
-        for here, window, part, far, near in Blocks.each(q, k_hat, ids, v, B, C, U, count):
-            q_i, g_i, mean_i, dq_i = (x[:, here] for x in (q, g, mean, dq))
-            c = far.shape[-1]
+        for here, window, part, far, near, mean in Blocks.each(q, k_hat, ids, v, B, C, U, count):
+            q_i, g_i, dO_O_i, dq_i = (x[:, here] for x in (q, g, dO_O, dq))
             ds = room[:, :far[0].numel()].view(far.shape)
-            torch.bmm(mean_i, count[:, None, :c], out=ds)
-            ds.baddbmm_(g_i, U[:, :c].mT, beta=-1).mul_(far)
-            torch.bmm(ds, C[:c].expand(len(q), -1, -1), out=dq_i)
+            torch.baddbmm(dO_O_i, g_i, mean.mT, beta=-1, out=ds).mul_(far)
+            torch.bmm(ds, C[:far.shape[-1]].expand(len(q), -1, -1), out=dq_i)
             ds = room[:, :near[0].numel()].view(near.shape)
-            torch.baddbmm(mean_i, g_i, v[:, window].mT, beta=-1, out=ds).mul_(near)
+            torch.baddbmm(dO_O_i, g_i, v[:, window].mT, beta=-1, out=ds).mul_(near)
             dq_i.baddbmm_(ds, k_hat[:, window])
             dk[:, window].baddbmm_(ds.mT, q_i)
             dv[:, window].baddbmm_(near.mT, g_i)
@@ -378,7 +378,7 @@ class Codebook(nn.Module):
     def begin(self, keys: Tensor, g: torch.Generator) -> None:
         """C from the keys (N, d_k) of a first batch, by K-means from some of them."""
         codes, count = kmeans(keys, pick(keys, len(self.count), g))
-        self.count[:] = count.clamp(min=count.mean() / 10)  # nor is 0 / 0 a code
+        self.count[:] = count.clamp(min=count.mean() / 10)  # or one without keys would be 0 / 0
         self.sums[:] = codes * self.count[:, None]
 
     def update(self, keys: Tensor, ids: Tensor, decay: float) -> None:
@@ -556,8 +556,8 @@ def read_along(net: TransformerVQ, data: Tensor, length: int, kind: str, args: a
                ) -> Tensor:
     """loss (N, length) of data (T,), cut into N texts of `length`, or into one if it is shorter.
 
-    Reads 32,768 bytes at once, or one text (`exact` keeps all its keys and values), --update-len
-    by as many bytes of each, with the state carried on.
+    Reads as many texts at once as have 32,768 bytes, or one (`exact` keeps all its keys and
+    values), --update-len bytes of each at a time, with the state carried on.
     """
     length = min(length, len(data) - 1)
     texts = data.unfold(0, length + 1, length).long()  # the last byte of each begins the next
@@ -601,7 +601,7 @@ def report(net: TransformerVQ, test: Tensor, args: argparse.Namespace) -> dict:
         near[name] = bits[:, :trained].mean().item()
         places[name] = [bits[:, a:b].mean().item() for a, b in zip(edges, edges[1:])]
         shown = "".join(f"{mean:8.3f}" for mean in places[name])
-        say(f"  {name:12} {near[name]:.4f} to {trained:<6}{shown}")
+        say(f"  {name:12} {near[name]:.4f} to {min(trained, length):<6}{shown}")
     draw_curves(Path(args.out) / "bits.svg", f"bits per byte, trained to {trained}", "position",
                 {name: (edges[1:], means) for name, means in places.items()}, log2=True)
     metrics = dict(trained_length=trained, edges=edges, bits_per_byte=near, by_position=places,
@@ -687,10 +687,12 @@ def recall(attention: str, steps: int, seed: int, device: torch.device,
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raises UserError for flags that each are right, but not together."""
-    keys = args.batch_size * args.update_len
+    books, keys = args.attention in ("vq", "quadratic"), args.batch_size * args.update_len
     shares = args.ema, args.beta2, args.dropout, args.drop_sinusoid, args.drop_layer
     for wrong, why in (
-            (keys < args.codes, f"--codes {args.codes}: an update has {keys} keys to choose from"),
+            ("drop_sinusoid" in args.given and args.bias != "xl", "--drop-sinusoid: of --bias xl"),
+            (books and keys < args.codes,
+             f"--codes {args.codes}: an update has {keys} keys to choose from"),
             (args.bias == "xl" and args.width % 2, "--width: even, with --bias xl"),
             (max(shares) >= 1, "--ema, --beta2 and the dropouts: below 1"),
             (not args.prompt, "--prompt: at least one byte")):
@@ -809,7 +811,8 @@ def train(args: argparse.Namespace, device: torch.device, state: dict | None) ->
             logits, states, commits, seen = wrapped(tokens[:, :-1], states if segment else None)
             bits = loss(logits, tokens[:, 1:]).mean()
         states = [[x.detach() for x in layer] for layer in states]
-        adam_step(net, opt, bits * math.log(2) + args.commit * commits.sum(), lr, args.clip_grad)
+        adam_step(net, opt, bits * math.log(2) + args.commit * commits.sum(), lr,
+                  args.clip_grad or math.inf)
         torch._foreach_mul_(decayed, 1 - args.weight_decay)  # not times the rate, as the paper
         renew_codes(net, seen, args.ema, args.restart and segment == args.segments - 1,
                     generator(device, args.seed, step, 3))
@@ -846,6 +849,7 @@ def sample_only(args: argparse.Namespace, device: torch.device, state: dict) -> 
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, a row each."""
     experiment = dict(  # --paper: enwik8, as the paper's scripts/lm_enwik8.sh
         # flag       CPU        --gpu      --paper   least  meaning
         data=       ("python",  "python",  "enwik8",  None, "python (the standard library's "
@@ -878,7 +882,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         final=      (0.05,      0.05,      0.1,       0, "share of the rate at the end"),
         beta2=      (0.95,      0.95,      0.98,      0, "Adam's second decay"),
         weight_decay=(0.0,      0.0,       2e-4,      0, "each step, of all matrices"),
-        clip_grad=  (1.0,       1.0,       0.1,       0, "largest norm of the gradient"),
+        clip_grad=  (1.0,       1.0,       0.1,       0, "largest gradient norm, 0: any"),
     )
     others = dict(
         paper=      (False,                           None, "the paper's enwik8 model, whole"),

@@ -159,7 +159,7 @@ def linear_cbow(XX: Tensor, XY: Tensor, k: int) -> Factors:
     """4233 without the softmax, bag -> centre: T3, reduced-rank regression of rank k.
 
     Bags X (T, V), one-hot centres Y: XX = X'X, XY = X'Y (V, V). |Y - X U out'|^2 is least where
-    U out' = XX^-1/2 [XX^-1/2 XY]_k. XY = XX (so Y = X, the post's difference 1): the autoencoder.
+    U out' = XX^-1/2 [XX^-1/2 XY]_k. With Y = X, without the post's difference 1, it is T1.
     """
     e, q = torch.linalg.eigh(XX)
     there = e > e[-1] * len(e) * torch.finfo(e.dtype).eps  # words never in a bag have no direction
@@ -173,7 +173,8 @@ def linear_cbow(XX: Tensor, XY: Tensor, k: int) -> Factors:
 def softmax_optimum(N: Tensor) -> Tensor:
     """4233's difference 2 at full rank: softmax over contexts is least at log N_wc + const(w): T4.
 
-    Rows here are log probabilities, -inf where there is no pair. N (V, V) counts.
+    Rows here are log probabilities, -inf where there is no pair, nan for a word without any.
+    N (V, V) counts.
     """
     return N.log() - N.sum(1, keepdim=True).log()
 
@@ -199,7 +200,8 @@ def pmi(n: Tensor, n_w: Tensor, P_c: Tensor, k: float = 1.0, discount: float = 0
     P_c of `negatives_law` below power 1 smooths on the right side: a rare context counts for less;
     so does a rare pair by discount: times n / (n + discount), Pantel and Lin 2002.
     """
-    x = sgns_optimum(n, n_w, P_c, k).clamp(min=0)  # 4208 激活函数: truncation, again
+    x = sgns_optimum(n, n_w, P_c, k).nan_to_num(0)  # a word without any pair has 0 / 0
+    x = x.clamp(min=0)  # 4208 激活函数: truncation, again
     return x * (n / (n + discount)) if discount else x
 
 
@@ -227,8 +229,9 @@ def count(tokens: Tensor, docs: Tensor, V: int, L: int,
           size: int = 10 << 20) -> tuple[Tensor, Tensor, Tensor]:
     """The cells of L times the expected pairs N of word2vec's random windows, T7, int64, symmetric.
 
-    A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1:
-    whole numbers, alike for any size, of pairs at once. Windows end with documents.
+    A window drawn from 1..L reaches distance d with chance (L - d + 1)/L, so N sums L - d + 1,
+    whole numbers; size, how many pairs are sorted at once, changes nothing. Windows end with
+    documents.
     """
     word, bits, chunk, parts = V.bit_length(), L.bit_length(), size // (2 * L) + 1, []
     kind = torch.int32 if 2 * word + bits < 32 and 2 * L * size < 2**31 else torch.int64
@@ -356,7 +359,7 @@ class Word2Vec(nn.Module):
         if self.loss == "softmax":  # 4233's difference 2
             value = (mass * y.logsumexp(-1, True)).sum() - (w * x).sum()
             dx, dy = -w, mass * y.softmax(-1)
-        else:  # departs: word2vec draws k for each pair
+        else:  # departs: word2vec draws k for each pair, word2vec.c skips those that hit it (T6)
             mass_k = mass * (k / negatives.shape[1])
             value = -(w * F.logsigmoid(x)).sum() - (mass_k * F.logsigmoid(-y)).sum()
             dx, dy = -w * (-x).sigmoid(), mass_k * y.sigmoid()
@@ -566,6 +569,10 @@ def check_flags(args: argparse.Namespace) -> None:
         idle = {"loss", "negative", "shared_negatives", "lr", "epochs"}
     elif args.loss == "softmax":
         idle, kind = {"p", "negative", "shared_negatives"}, "--loss softmax"
+    if args.new_words:
+        idle, kind = idle | {"query", "vectors", "eval"}, "--new-words"
+    elif "rank" in args.given:
+        raise UserError("--rank: is for --new-words")
     if args.given & idle and not args.resume:
         raise UserError(f"--{min(args.given & idle).replace('_', '-')}: is not for {kind}")
     if args.model not in BY_SVD and args.batch_size % (SPAN * RANKS):
@@ -785,6 +792,7 @@ def show_new_words(path: Path, k: int) -> None:
 # ---- command line ----
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags, a row each."""
     experiment = dict(
         # flag            CPU        --gpu    least  meaning
         data=            ("python",  "text8", None,  "python (its docstrings and comments), text8, "

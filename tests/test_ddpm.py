@@ -919,7 +919,8 @@ def test_clip_grad_tiny_and_a_rate_of_zero_learn_nothing(pictures):
 
 @pytest.mark.parametrize("argv, word", [
     ("--ema 1", "--ema"), ("--dropout 1", "--dropout"), ("--mults=", "--mults"), ("--attention 0,3", "--attention"),
-    ("--sample-steps 251", "251: T is 250"), ("--sample-steps 0 --eta 1", "--eta"), ("--sigma beta", "--sigma")])
+    ("--sample-steps 251", "251: T is 250"), ("--sample-steps 0 --eta 1", "--eta"), ("--sigma beta", "--sigma"),
+    ("--eta 1.1", "--eta")])
 def test_flags_that_do_not_go_together_are_refused(capsys, argv, word):
     assert ddpm.main(argv.split()) == 2
     assert word in capsys.readouterr().err and not Path("out").exists()

@@ -289,6 +289,16 @@ def test_seed_matters_and_nothing_else_does(script):
     assert equal_runs("a", "b") and not same(state("a")["model"], state("c")["model"])
 
 
+def test_no_bound_on_the_gradient_is_any(script):
+    """--clip-grad 0; a bound of 0 would learn nothing."""
+    if "clip_grad" not in script.module.parse_args([]).config:
+        pytest.skip("it has no --clip-grad")
+    for bound, out in ((0, "a"), (1e30, "b")):
+        assert script("--steps 3 --clip-grad", bound, "--out", out)[0] == 0
+    a, b = (torch.load(f"{out}/ckpt.pt", weights_only=True)["model"] for out in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_sample_only_is_what_the_run_drew(script):
     if script.name not in DRAWS:
         pytest.skip("it draws nothing")

@@ -107,12 +107,15 @@ def test_all_codes_of_512_positions_differ(alpha):
     assert line.sort().values.diff().min() > 0
 
 
-@pytest.mark.parametrize("position", [-1, -6, 36])
-def test_positions_without_a_code_fail_even_where_they_are_not_looked_at(position, monkeypatch):
+@pytest.mark.parametrize("anchor, position", [(0, -1), (0, -6), (0, 36), (1, -1), (1, -6), (1, 30)])
+def test_positions_without_a_code_fail_even_where_they_are_not_looked_at(anchor, position, monkeypatch):
     """Compiled, and on a GPU, digits does not look; no row from the table's end may stand in for -1."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(IndexError):
-        hier.hierarchical_positions(draws(6, 3), 0.4, torch.tensor([0, position]))
+        hier.hierarchical_positions(draws(6, 3), 0.4, torch.tensor([0, position]), anchor)
+    if not anchor:
+        with pytest.raises(IndexError):
+            hier.compose(draws(6, 3), 0.4, torch.tensor([0, position]))
 
 
 @given(st.integers(3, 8), SEEDS)
@@ -878,6 +881,8 @@ def test_stretch_only(text, capsys):
     run("--resume", "--stretch-only", "--out", "c", "--times", 2)
     c, state = hier.read_bert("c/bert-16")
     assert torch.equal(state[POSITIONS][:8], state_of("c")["model"][POSITIONS]) and "cls.predictions.bias" in state
+    run("--bert", path, *"--stretch-only --times 5 --eval-tokens 39 --span 39 --out d".split())  # no exam, so these are no matter
+    assert hier.read_bert("d/bert-30")[0]["max_position_embeddings"] == 30
 
 
 MATTERS = dict(  # flag: another value, and where it shows: in the weights (and so anywhere), in the report, in what is said
@@ -931,7 +936,8 @@ def test_defaults():
 
 @pytest.mark.parametrize("argv, word", [
     ("--alpha 0.5", "--alpha 0.5"), ("--alpha 0", "--alpha 0"), ("--alpha 1", "--alpha 1"), ("--arms up", "up"), ("--heads 3", "--heads 3"),
-    ("--times 1", "--times 1"), ("--times 8", "--times 8: 8 positions are good for 7 times"), ("--n 7", "--n 7"), ("--stretch-only", "--stretch-only: needs"),
+    ("--times 1", "--times 1"), ("--times 8", "--times 8: 7 at most"), ("--n 7", "--n 7"), ("--stretch-only", "--stretch-only: needs"),
+    ("--stretch-only --classify c.tsv", "--classify learns nothing"), ("--classify c.tsv --steps 0", "--data a.txt: with --classify"),
     ("--bert nowhere --n 8", "--n"), ("--bert nowhere", "--n"), ("--times 7 --n 40", "--data a.txt: 200 tokens"),
     ("--eval-tokens 23", "--eval-tokens 23"), ("--span 23", "--span 23")])
 def test_wrong_flags_are_refused(text, capsys, argv, word):
@@ -1186,11 +1192,11 @@ def test_labels_take_tuning_and_their_number_is_said(text, capsys):
     assert "c.tsv: 24 documents with 3 labels, a tenth held out\n" in capsys.readouterr().out
 
 
-def test_labels_alone_need_no_text(text):
-    """Without --steps there is nothing for --data to teach."""
+def test_labels_alone_need_no_text(text, monkeypatch):
+    """Without --steps there is nothing for --data to teach: it is not read, and refused."""
     labelled_text("c.tsv")
-    run(*CLASSIFY, "--steps", 0, "--data", "no such file", "--arms", "tile")
-    assert hier.main([str(word) for word in [*CLASSIFY, "--steps", 1, "--data", "no such file"]]) == 2
+    monkeypatch.setattr(hier, "load_text", lambda *_: pytest.fail("read"))
+    run(*[word for word in CLASSIFY if word not in ("--data", "a.txt")], "--steps", 0, "--arms", "tile")
 
 
 def test_labels_again_from_the_checkpoint(text, monkeypatch):
@@ -1247,7 +1253,7 @@ def test_labels_of_a_folders_words(text):
     Path("c.tsv").write_text("".join(f"{label}\t{line}\n" for label, line in rows))
     words_text("w.txt")
     path = folder("f", weights())
-    run("--bert", path, *"--data w.txt --classify c.tsv --steps 0 --times 2 --tune-steps 150 --tune-lr 5e-3 --eval-tokens 300 --arms hierarchical".split())
+    run("--bert", path, *"--classify c.tsv --steps 0 --times 2 --tune-steps 150 --tune-lr 5e-3 --eval-tokens 300 --arms hierarchical".split())
     right = metrics_of()["right"]
     assert metrics_of()["longer"] == metrics_of()["held_out"] == 40 and all(share["all"] == share["longer"] for share in right.values())
     assert right["at 12, hierarchical"]["all"] == 1 and right["at 6, hierarchical"]["all"] < 0.75 > right["the commonest label"]["all"]

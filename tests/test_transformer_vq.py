@@ -316,6 +316,15 @@ def test_counts_are_right_after_70000_tokens_of_bfloat16(codes):
         assert far(o[0, -1].double(), v[0, :seen].double().mean(0)) < 0.01
 
 
+def test_sums_beyond_the_range_of_float16():
+    """65,504 is its largest number; means fit."""
+    o, state = torch.ones(1, 70_000, 2, dtype=torch.float16), None
+    zeros, ids = torch.zeros_like(o), torch.zeros(1, 70_000, dtype=torch.long)
+    for _ in range(2):
+        o, state = tvq.vq_attention(zeros, zeros, ids, o, torch.zeros(1, 2), torch.zeros(1), 10_000, state)
+    assert far(o.double(), 1) < 1e-3 and int(state.count) == 140_000
+
+
 @both_forms
 def test_one_code_is_the_running_mean(form):
     case = Case((30, 1, 3, 4, 2, 2), 1)
@@ -1211,9 +1220,14 @@ def test_two_ranks_are_one(python):
 
 def test_wrong_flags_are_refused(capsys):
     text_file()
-    for flags in ("--codes 99", "--ema 1", "--dropout 1", "--update-len 9999"):
+    for flags in ("--codes 99", "--ema 1", "--dropout 1", "--update-len 9999", "--drop-sinusoid 0.1"):
         assert tvq.main([*TINY, *flags.split()]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_without_codebooks_needs_no_keys_for_them_and_the_report_names_the_length_it_read(capsys):
+    run("--attention exact --codes 9 --batch-size 1 --steps 1 --eval-bytes 64 --segments 9")
+    assert " to 64 " in capsys.readouterr().out
 
 
 def test_it_learns():

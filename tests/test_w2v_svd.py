@@ -528,6 +528,9 @@ def test_pmi_facts(V, c, k, seed):
     torch.testing.assert_close(w.pmi(N, n_w, P), torch.clamp(unshifted, min=0))
     torch.testing.assert_close(w.pmi(N, n_w, P, k, 2.0), x - 2 / (N + 2) * x)
     assert not w.pmi(N * torch.eye(V), n_w, P)[~torch.eye(V, dtype=torch.bool)].any()  # no pair: 0
+    alone = F.pad(N, (0, 1, 0, 1))  # a word that has no pair at all
+    got = w.pmi(alone, alone.sum(1, keepdim=True), w.negatives_law(alone.sum(0), 0.75), k)
+    torch.testing.assert_close(got, F.pad(x, (0, 1, 0, 1)))
 
 
 def test_smoothing_lowers_rare_contexts_and_lifts_none_of_them():
@@ -1385,6 +1388,8 @@ def test_flags_at_their_limits_go(argv):
     (["--vectors", "none.bin"], "none.bin: No such file"),
     (["--query", "zebra", "--vectors", "v.txt"], "unknown: zebra"),
     (["--new-words", "t.txt"], "t.txt: line 1: not a word, its count"),
+    (["--new-words", "t.txt", "--query", "a"], "--query: is not for --new-words"),
+    ([*BASE, "--rank", "3"], "--rank: is for --new-words"),
     (["--new-words", "few.txt"], "too few words"),
     (["--vectors", "t.txt"], "word2vec's formats"),
     ([*BASE, "--eval", "bytes.txt"], "bytes.txt: not UTF-8"),
