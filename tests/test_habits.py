@@ -293,7 +293,7 @@ def test_no_bound_on_the_gradient_is_any(script):
     """--clip-grad 0; a bound of 0 would learn nothing."""
     if "clip_grad" not in script.module.parse_args([]).config:
         pytest.skip("it has no --clip-grad")
-    for bound, out in ((0, "a"), (1e30, "b")):
+    for bound, out in ((0, "a"), (1e18, "b")):
         assert script("--steps 3 --clip-grad", bound, "--out", out)[0] == 0
     a, b = (torch.load(f"{out}/ckpt.pt", weights_only=True)["model"] for out in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
