@@ -811,7 +811,7 @@ def test_the_papers_rows(flags, channels, size, groups, millions):
 
 # ---- wiring: a run beside a naive one ----
 
-NET = "--width 8 --groups 2 --min-groups 1 --latent 2 --expand 2 --mixtures 2"
+NET = "--width 8 --groups 2 --min-groups 1 --latent 2 --expand 2"
 TINY = (f"{NET} --batch-size 7 --samples 4 --judge 0 --test-images 2 --importance 2 --bn-batches 3 --save-every 99 "
         "--penalty-every 2")
 
