@@ -1086,6 +1086,8 @@ def test_evaluation_reads_few_bytes_at_once(length, rows):
 
     bits = tvq.read_along(net, tokens(sum(rows) * length + 1), length, "exact", argparse.Namespace(update_len=2**13))
     assert bits.shape == (sum(rows), length) and seen == [r for r in rows for _ in range(0, length, 2**13)]
+    short = tvq.read_along(net, tokens(length), length, "exact", argparse.Namespace(update_len=2**13))
+    assert short.shape == (1, length - 1)  # all that there is
 
 
 @pytest.mark.parametrize("kind", ["vq", "window"])
